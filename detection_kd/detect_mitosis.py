@@ -46,7 +46,8 @@ from patch_encoder.tiles.coordinates import SlideJob
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
-from wsi_common.files import sha256_file, write_csv
+from wsi_common.files import write_csv
+from wsi_common.shared_weights import digest_weights_file
 
 logger = logging.getLogger(__name__)
 STAGE = "detect_mitosis"
@@ -165,11 +166,11 @@ def main(config: Config) -> int:
     table = read_case_table(Path(config.cases)) if config.cases else {}
     jobs = find_jobs(config, description, table, settings, failures)
     limits = resolve(config, description, jobs)
-    weights = {"localiser_sha256": sha256_file(config.localiser)}
+    weights = {"localiser_sha256": digest_weights_file(config.localiser)}
     head = None
     if config.atypical:
         head = load_atypical(config.atypical).to(settings.device)
-        weights["atypical_sha256"] = sha256_file(config.atypical)
+        weights["atypical_sha256"] = digest_weights_file(config.atypical)
     document = partial(document_path, output)
     wanted = find_unfinished(jobs, limits._asdict(), weights, settings, document)
     todo = [job for job in jobs if job.slide_id in wanted]

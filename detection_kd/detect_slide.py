@@ -5,7 +5,7 @@ as GeoJSON for QuPath.
     detector=detector/checkpoint_best.pt output=found
 
 Reads: slides, coordinates of `tile_slides` (overlap=0.25 keeps lesions on seams whole), a
-checkpoint of `train_detector`.
+checkpoint of `train_detector` or a file of `export_detector`.
 Writes: `<output>/coco/<slide_id>.json`, `<output>/geojson/<slide_id>.geojson`, `failures.csv`. A
 slide is the unit of resuming.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from detection_kd.datasets.training_field import choose_scale
 from detection_kd.engine import post_process
 from detection_kd.evaluation.operating_point import resolve_min_score
-from detection_kd.models.deformable_detr import load_detector
+from detection_kd.whole_slides.detector_file import normalise_pixels, open_detector
 from detection_kd.whole_slides.slide_detections import (
     BoxCollector,
     FoundBoxes,
@@ -41,12 +41,12 @@ from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.keys import ExtractionKeys
 from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs
 from patch_encoder.extraction.tile_batches import TileSequence
-from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.tiles.coordinates import SlideJob
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.device import autocast
-from wsi_common.files import sha256_file, write_json
+from wsi_common.files import write_json
+from wsi_common.shared_weights import digest_weights_file
 
 logger = logging.getLogger(__name__)
 STAGE = "detect_slide"
@@ -56,7 +56,9 @@ STAGE = "detect_slide"
 class Config(ExtractionKeys):
     """Keys of detection on slides (`dtype` and `pt` do not matter here)."""
 
-    detector: str = key(REQUIRED, "checkpoint of a detector", path=True)
+    detector: str = key(
+        REQUIRED, "checkpoint of a detector; or a file of export_detector (.onnx)", path=True
+    )
     scale: str = key(
         "auto",
         "factor on a tile's side before the detector; auto: to the resolution of its training",
@@ -99,13 +101,7 @@ def detect_tiles(
     tile.
     """
     sides = [job.coordinates.geometry.patch_size_level0 for job in jobs]
-    pixels = tiles.to(settings.device, non_blocking=True).float().div_(255)
-    if limits.scale != 1.0:
-        pixels = nn.functional.interpolate(
-            pixels, scale_factor=limits.scale, mode="bilinear", antialias=True
-        )
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in IMAGENET)
-    images = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+    images = normalise_pixels(tiles.to(settings.device, non_blocking=True), limits.scale)
     padding = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool, device=images.device)
     with autocast(settings.device, settings.precision):
         detections = model(images, padding)
@@ -123,14 +119,14 @@ def detect_tiles(
 def main(config: Config) -> int:
     """Detect on every slide that has no document yet; 1 when slides failed."""
     settings = config.settings()
-    model, description = load_detector(config.detector)
+    model, description = open_detector(config.detector)
     model = model.to(settings.device).eval()
     output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
     jobs = cohort_jobs(
         config.slides, config.coords, config.labels, failures, settings.shard, settings.selection
     )
     limits = resolve(config, description, jobs)
-    weights = {"detector_sha256": sha256_file(config.detector)}
+    weights = {"detector_sha256": digest_weights_file(config.detector)}
     documents = {job.slide_id: output / "coco" / f"{job.slide_id}.json" for job in jobs}
     wanted = find_unfinished(jobs, limits._asdict(), weights, settings, documents.__getitem__)
     todo = [job for job in jobs if job.slide_id in wanted]

@@ -12,11 +12,9 @@ written. `extract_student` takes the files as `student=`.
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,13 +25,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
+from detection_kd.models.export_files import is_exported, publish_export
+from detection_kd.models.onnx_export import OPSET, import_onnx
 from detection_kd.models.student import load_student, load_student_encoder
 from detection_kd.models.student_onnx import (
     FILES,
-    OPSET,
     RECORD,
     export_onnx,
-    import_onnx,
     make_student_note,
     quantise,
 )
@@ -43,16 +41,13 @@ from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.models.onnx_network import OnnxNetwork, import_onnxruntime
 from patch_encoder.models.transforms import ToInputSize
-from wsi_common import __version__
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
-from wsi_common.files import atomic_path, read_json, sha256_bytes, sha256_file, write_json
-from wsi_common.provenance import can_reuse
+from wsi_common.files import sha256_bytes
 
 logger = logging.getLogger(__name__)
 BARS = {"onnx": 0.999, "int8": 0.99}  # least cosine of any tile
-IDENTITY = ("student_sha256", "calibration", "held_out", "opset", "forms")
 
 
 @dataclass
@@ -193,30 +188,6 @@ def make_identity(
     }
 
 
-def is_done(output: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
-    """Whether this very export is there, whole.
-
-    Raises:
-        UserError: one of other settings is there, or a file is not what the record says.
-    """
-
-    def read_record() -> dict[str, Any]:
-        return read_json(output / RECORD, "the record of export_student")
-
-    def read_identity() -> dict[str, Any]:
-        return {name: value for name, value in read_record().items() if name in IDENTITY}
-
-    if not can_reuse(output / RECORD, read_identity, wanted, "another export", overwrite=overwrite):
-        return False
-    for name, digest in read_record()["files"].items():
-        if not (output / name).is_file() or sha256_file(output / name) != digest:
-            raise UserError(
-                f"{output / name}: missing or damaged, its digest is not that of {RECORD}; set "
-                "overwrite=true"
-            )
-    return True
-
-
 def export(
     config: Config, encoder: Encoder, folder: Path, calibration: Tensor, held_out: Tensor
 ) -> dict[str, dict[str, float]]:
@@ -244,26 +215,15 @@ def main(config: Config) -> None:
     encoder, output = load_student_encoder(config.student, "student"), Path(config.output)
     calibration, held_out = draw_tiles(config)
     wanted = make_identity(config, encoder, calibration, held_out)
-    if is_done(output, wanted, config.overwrite):
+    if is_exported(output / RECORD, wanted, "export_student", config.overwrite):
         logger.info("export_student: %s is there", output)
         return
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export.", dir=output) as folder:
         cosines = export(config, encoder, Path(folder), calibration, held_out)
-        for name in (RECORD, *FILES.values()):
-            (output / name).unlink(missing_ok=True)
-        digests = {}
-        for form in cosines:
-            with atomic_path(output / FILES[form]) as temporary:
-                os.replace(Path(folder) / FILES[form], temporary)
-            digests[FILES[form]] = sha256_file(output / FILES[form])
-    versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime")} | {
-        "software": __version__
-    }
-    write_json(
-        output / RECORD,
-        wanted | {"files": digests, "cosine": cosines, "bars": BARS, "versions": versions},
-    )
+        names = [FILES[form] for form in cosines]
+        content = wanted | {"cosine": cosines, "bars": BARS}
+        publish_export(Path(folder), output / RECORD, names, list(FILES.values()), content)
 
 
 if __name__ == "__main__":

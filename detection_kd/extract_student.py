@@ -25,7 +25,7 @@ from detection_kd.models.student_onnx import load_students, split_entry
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.bag_assembly import Assembly
-from patch_encoder.extraction.keys import FeatureKeys
+from patch_encoder.extraction.keys import CoordsKeys, FeatureKeys
 from patch_encoder.extraction.loop import (
     ExtractSettings,
     bag_provenance,
@@ -50,7 +50,7 @@ STAGE = "extract_student"
 
 
 @dataclass
-class Config(FeatureKeys):
+class Config(CoordsKeys, FeatureKeys):
     """Keys of student extraction (published: batches of 16, fp32)."""
 
     student: list[str] = key(

@@ -51,7 +51,8 @@ from patch_encoder.tiles.coordinates import SlideJob
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
-from wsi_common.files import sha256_file, write_csv
+from wsi_common.files import write_csv
+from wsi_common.shared_weights import digest_weights_file
 
 logger = logging.getLogger(__name__)
 STAGE = "grade_slide"
@@ -178,11 +179,11 @@ def main(config: Config) -> int:
     output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
     jobs = find_jobs(config, grader, settings, failures)
     limits = {"min_tissue": config.min_tissue, "least_share": config.least_share}
-    weights = {"grader_sha256": sha256_file(config.grader)}
+    weights = {"grader_sha256": digest_weights_file(config.grader)}
     if teacher is not None:
         teacher.to(settings.device)
         limits["teacher_share"] = config.teacher_share
-        weights["teacher_sha256"] = sha256_file(config.teacher_checkpoint)
+        weights["teacher_sha256"] = digest_weights_file(config.teacher_checkpoint)
     wanted = find_unfinished(jobs, limits, weights, settings, partial(document_path, output))
     todo = [job for job in jobs if job.slide_id in wanted]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))

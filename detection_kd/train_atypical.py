@@ -46,6 +46,7 @@ from wsi_common.files import sha256_file, write_csv
 from wsi_common.processes.pool import pick_workers
 from wsi_common.run import Run, open_run
 from wsi_common.seed import seed_everything
+from wsi_common.shared_weights import digest_weights_file
 
 TABLE = "AMI-BR_MIDOG21.csv"
 logger = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ def main(config: Config) -> int:
     study = open_study(config, world)
     inputs = {"table": sha256_file(Path(config.crops) / TABLE)}
     if config.localiser:
-        inputs["localiser"] = sha256_file(config.localiser)
+        inputs["localiser"] = digest_weights_file(config.localiser)
     run = open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite)
     if run.results is not None:
         logger.info("%s: finished already: %s", run.path, run.results["summary"])

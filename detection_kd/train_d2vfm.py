@@ -69,9 +69,11 @@ from wsi_common.files import sha256_file
 from wsi_common.optim import add_terms, clip_gradients, require_finite, set_lr, trainable
 from wsi_common.processes.pool import pick_workers
 from wsi_common.progress import describe_values, progress
-from wsi_common.run import Tracker, open_run
+from wsi_common.run import open_run
 from wsi_common.schedules import drop_epoch, lr_factor
 from wsi_common.seed import seed_everything
+from wsi_common.shared_weights import digest_weights_file
+from wsi_common.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 REPORTED = ("loss", "cosine", "r2", "knn_10")
@@ -304,7 +306,7 @@ def digest_inputs(
     config: Config, pairs: list[Pair], online: OnlineTeacher | None
 ) -> dict[str, str]:
     """Compute the fingerprints of what decides the result."""
-    inputs = {"dataset": digest_pairs(pairs), "backbone": sha256_file(config.backbone)}
+    inputs = {"dataset": digest_pairs(pairs), "backbone": digest_weights_file(config.backbone)}
     inputs |= {"labels": sha256_file(config.labels)} if config.labels else {}
     return inputs | ({"online_teacher": online.digest} if online else {})
 

@@ -11,15 +11,19 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from detection_kd import engine
+from detection_kd.box_sets.set_report import warn_of_crowded_images
 from detection_kd.datasets.augmentation_keys import DetectionSizes
 from detection_kd.datasets.coco import DetectionSet, read_training_sets
 from detection_kd.datasets.detection import (
     DetectionBatch,
+    find_repeats,
     make_eval_loader,
     make_training_loader,
 )
@@ -27,10 +31,11 @@ from detection_kd.datasets.training_field import describe_field
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.froc import compute_froc
 from detection_kd.evaluation.operating_point import choose_min_score
-from detection_kd.models.backbone import NORMS, Backbone, save_backbone
+from detection_kd.models.backbone import NORMS, Trunk, build_trunk, save_backbone
 from detection_kd.models.checkpoint_import import load_initial_weights
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector, place_detector
 from detection_kd.models.deformable_transformer import Architecture
+from patch_encoder.models.encoders import digest_weights
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, group, key, to_dict
 from wsi_common.device import PRECISIONS, autocast, pick_precision
@@ -48,10 +53,12 @@ from wsi_common.optim import (
 )
 from wsi_common.processes.pool import pick_workers
 from wsi_common.progress import describe_values, progress
-from wsi_common.run import Run, Tracker, open_run
+from wsi_common.run import Run, open_run
 from wsi_common.schedules import SCHEDULES, drop_epoch, lr_factor
 from wsi_common.seed import seed_everything
+from wsi_common.shared_weights import digest_weights_file
 from wsi_common.step_timer import StepTimes
+from wsi_common.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these images"  # of a loss that is not finite
@@ -81,10 +88,15 @@ class Config:
         "slides can bring its tiles to the same resolution",
     )
     class_agnostic: bool = key(False, "one class 'lesion' instead of the annotated categories")
+    class_map: dict[str, Any] = key(
+        {},
+        "categories to merge, rename or leave out; {category: class, ...}, null leaves one out, "
+        "'*' is every other one",
+    )
     backbone: str = key(
         "resnet50",
-        "backbone of the detector; resnet18, resnet34, resnet50, resnet101, or any timm "
-        "model with maps of strides 8, 16 and 32 px",
+        "backbone of the detector; resnet18, resnet34, resnet50, resnet101, any timm model with "
+        "maps of strides 8, 16 and 32 px, torchvision:<model> or transformers:<folder or repo>",
     )
     norm: str = key(
         "frozen",
@@ -113,7 +125,18 @@ class Config:
     )
     architecture: Architecture = group(Architecture, "transformer")
     augmentation: DetectionSizes = group(DetectionSizes, "augmentation of the training images")
+    repeat_threshold: float = key(
+        0.0,
+        "share of the images below which a class is rare; images with a rare class are met more "
+        "often in an epoch (repeat factor sampling of LVIS, 0.001 there); 0: off",
+    )
     epochs: int = key(50, "passes over the training set")
+    patience: int = key(
+        0,
+        "evaluations without an AP that is as good as the best after which the training stops; "
+        "0: never",
+        least=0,
+    )
     batch_size: int = key(32, "items per step over all processes; images")
     accumulate: int = key(
         1, "parts that a step's images are computed in, one after the other, to save memory"
@@ -171,20 +194,26 @@ class Config:
     tracker: Tracker = group(Tracker, "experiment tracking")
 
 
-def build_model(config: Config, classes: int = 1) -> DeformableDETR:
-    """Build the detector with random weights."""
+def build_model(config: Config, classes: int = 1, trunk: Trunk | None = None) -> DeformableDETR:
+    """Build the detector with random weights; on a trunk that was given as an object, which keeps
+    its own.
+    """
+    if trunk is not None:
+        return DeformableDETR(trunk, classes, config.architecture)
     if config.norm == "frozen" and not (config.pretrained or config.weights or config.detector):
         raise UserError(
             "norm=frozen: expected trained weights, found pretrained=false and no weights=; set "
             "norm=batch|group"
         )
-    trunk = Backbone(config.backbone, config.norm, config.dilation)
+    trunk = build_trunk(config.backbone, config.norm, config.dilation)
     return DeformableDETR(trunk, classes, config.architecture)
 
 
-def build_initial_model(config: Config, categories: list[str]) -> DeformableDETR:
+def build_initial_model(
+    config: Config, categories: list[str], trunk: Trunk | None = None
+) -> DeformableDETR:
     """Build the detector of these classes with the weights that its training starts from."""
-    model = build_model(config, len(categories))
+    model = build_model(config, len(categories), trunk)
     load_initial_weights(
         model,
         categories,
@@ -220,6 +249,7 @@ class DetectorRun:
     share: int
     train: DetectionSet
     val: DetectionSet
+    repeats: np.ndarray | None
 
 
 def train_one_epoch(
@@ -235,6 +265,7 @@ def train_one_epoch(
     seed_everything((config.seed * 100_003 + epoch) * 1_009 + world.rank)
     options = {"batch_size": config.batch_size, "share": job.share, "seed": config.seed}
     options |= {"epoch": epoch, "workers": pick_workers(config.workers, share=local_processes())}
+    options |= {"repeats": job.repeats}
     batches = make_training_loader(job.train.images, config.augmentation, world, **options)
     steps = len(batches) // config.accumulate
     drop = drop_epoch(config.lr_drop, config.epochs) * steps
@@ -314,15 +345,30 @@ def evaluate(
     return average_precision(val, predictions, limit) | compute_froc(val, predictions), predictions
 
 
+def is_evaluated(config: Config, epoch: int) -> bool:
+    """Whether the detector is evaluated after so many epochs."""
+    return epoch % config.eval_every == 0 or epoch == config.epochs
+
+
+def has_stalled(config: Config, epoch: int, best: dict[str, Any]) -> bool:
+    """Whether training stops after `epoch` epochs: `patience` evaluations since the best one.
+
+    It follows from the best epoch alone, which a checkpoint keeps, so that a training that goes on
+    stops where an uninterrupted one does.
+    """
+    since = range(best.get("epoch", 0) + 1, epoch + 1)
+    return 0 < config.patience <= sum(is_evaluated(config, passed) for passed in since)
+
+
 def digest_inputs(config: Config) -> dict[str, str]:
     """Compute the digests of the files that decide the result."""
     files = {
         "train": config.train,
         "val": config.val,
-        "weights": config.weights,
-        "detector": config.detector,
     }
-    return {name: sha256_file(path) for name, path in files.items() if path}
+    weights = {"weights": config.weights, "detector": config.detector}
+    digests = {name: sha256_file(path) for name, path in files.items() if path}
+    return digests | {name: digest_weights_file(path) for name, path in weights.items() if path}
 
 
 def draw_results(job: DetectorRun, predictions: list[Prediction]) -> None:
@@ -335,36 +381,49 @@ def draw_results(job: DetectorRun, predictions: list[Prediction]) -> None:
         write_detection_figures(job.run.path, job.val, predictions, **shown)
 
 
-def main(config: Config) -> int:
-    """Train, evaluate, and leave checkpoints, results and the backbone in the run directory."""
+def main(config: Config, trunk: Trunk | None = None) -> int:
+    """Train, evaluate, and leave checkpoints, results and the backbone in the run directory.
+
+    Args:
+        config: the keys.
+        trunk: from `wrap_trunk`, in place of `backbone=`, which then counts for nothing.
+    """
     world = init_distributed(config.device)
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     precision = pick_precision(config.precision, world.device)
     files = (config.train, config.val, config.images)
-    checks = {"class_agnostic": config.class_agnostic, "batch_size": config.batch_size}
+    checks = {"class_agnostic": config.class_agnostic, "class_map": config.class_map}
+    checks |= {"batch_size": config.batch_size}
     train, val = read_training_sets(*files, **checks)
+    repeats = find_repeats(train.images, config.repeat_threshold)
+    warn_of_crowded_images(train, "train", config.architecture.queries)
+    warn_of_crowded_images(val, "val", min(config.architecture.queries, config.max_detections))
     field = describe_field(train.images, config.augmentation, config.mpp)
     seed_everything(config.seed)
-    plain = build_initial_model(config, train.categories)
+    plain = build_initial_model(config, train.categories, trunk)
     share = share_batch(config.batch_size, world.size, config.accumulate)
     training = prepare_training(config, plain, world, precision)
     options = {"overwrite": config.overwrite, "tracker": config.tracker}
-    run = open_run(config.output, config, world, inputs=digest_inputs(config), **options)
+    inputs = digest_inputs(config) | ({"trunk": digest_weights(trunk)} if trunk else {})
+    run = open_run(config.output, config, world, inputs=inputs, **options)
     if run.results is not None:
         logger.info("%s: finished run, AP %.3f; nothing to do", run.path, run.results["AP"])
         return 0
-    job = DetectorRun(config, world, run, precision, share, train, val)
+    job = DetectorRun(config, world, run, precision, share, train, val, repeats)
     start, best = training.resume(run.last)
     run.forget_after(start)
     for epoch in range(start, config.epochs):
+        if has_stalled(config, epoch, best):
+            logger.info("no better AP for %d evaluations: stopped", config.patience)
+            break
         begun = time.monotonic()
         values = train_one_epoch(job, training, epoch)
         values["train_seconds"] = time.monotonic() - begun
         described = describe_detector(plain, train.categories) | {"training": to_dict(config)}
         described |= {"field": field, "precision": precision}
         state = {"config": described, "epoch": epoch + 1}
-        if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+        if is_evaluated(config, epoch + 1):
             metrics, predictions = evaluate(job, training)
             values |= metrics
             if metrics["AP"] >= best.get("AP", 0.0):

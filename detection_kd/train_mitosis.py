@@ -67,6 +67,7 @@ from wsi_common.run import Run, open_run
 from wsi_common.sampling import balance_epoch
 from wsi_common.schedules import drop_epoch, lr_factor
 from wsi_common.seed import seed_everything
+from wsi_common.shared_weights import digest_weights_file
 from wsi_common.step_timer import StepTimes
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,7 @@ def read_tiles(
         inputs["kept"] = sha256_file(config.kept)
         train = read_kept(Path(config.kept), train)
     if Path(config.network.init).is_file():
-        inputs["init"] = sha256_file(config.network.init)
+        inputs["init"] = digest_weights_file(config.network.init)
     require_both_classes(train, "train")
     require_both_classes(val, "val")
     return normalise_tiles(train, stain), normalise_tiles(val, stain), left_out, inputs

@@ -56,7 +56,6 @@ from wsi_common.config import group, key, to_dict
 from wsi_common.device import autocast, pick_precision
 from wsi_common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
 from wsi_common.errors import UserError
-from wsi_common.files import sha256_file
 from wsi_common.optim import add_terms, require_finite, set_lr
 from wsi_common.processes.pool import pick_workers
 from wsi_common.progress import describe_values, progress
@@ -65,6 +64,7 @@ from wsi_common.run import Run, open_run
 from wsi_common.sampling import balance_epoch
 from wsi_common.schedules import drop_epoch, lr_factor
 from wsi_common.seed import seed_everything
+from wsi_common.shared_weights import digest_weights_file
 from wsi_common.step_timer import StepTimes
 
 logger = logging.getLogger(__name__)
@@ -308,8 +308,10 @@ def open_job(config: Config, world: World) -> ResolutionRun:
     network, teacher = build_networks(config, split.train.grades, world.device)
     sides = {name: PatchPixels(side, config.tile_size) for name, side in split.sides()}
     inputs = {name: pixels.digest() for name, pixels in sides.items()}
-    files = {"teacher": config.teacher_checkpoint, "init": config.network.init}
-    inputs |= {name: sha256_file(path) for name, path in files.items() if Path(path).is_file()}
+    if config.teacher_checkpoint:
+        inputs["teacher"] = digest_weights_file(config.teacher_checkpoint)
+    if Path(config.network.init).is_file():
+        inputs["init"] = digest_weights_file(config.network.init)
     options = {"overwrite": config.overwrite, "tracker": config.tracker}
     run = open_run(config.output, config, world, inputs=inputs, **options)
     described = network.describe() | {"terms": weights, "inputs": inputs}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from mil.evaluation.runs import (
 )
 from mil.evaluation.tables import write_evaluation
 from mil.models import MODELS
+from mil.models.fusion import ALONE, SLIDE_VECTOR
 from mil.training.benchmark_jobs import (
     check_tasks,
     make_jobs,
@@ -53,6 +54,7 @@ from wsi_common.files import safe_id, write_json, write_or_remove_csv, write_tex
 from wsi_common.processes.pool import check_workers
 from wsi_common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
 from wsi_common.progress import progress
+from wsi_common.tracking import Tracker, flatten_numbers, make_tracking
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,12 @@ class Config(TrainingKeys):
         runtime=True,
     )
     names: list[str] = key([], "names of the feature sets; empty: the folders' names")
-    models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
+    models: list[str] = key(
+        ["mean", "max", "abmil"],
+        "slide classifiers; with covariates each one also as <model>+covariates, and covariates "
+        "alone",
+        choices=tuple(MODELS),
+    )
     headline: str = key(
         "",
         "classifier whose figure stands for a feature set; empty: abmil, without it the first",
@@ -108,6 +115,7 @@ class Config(TrainingKeys):
     )
     engine: str = key("local", ENGINE_HELP, choices=ENGINES, runtime=True)
     ray: RaySettings = group(RaySettings, "workers of engine=ray")
+    tracker: Tracker = group(Tracker, "experiment tracking")
     isolated: bool = key(
         True,
         "train in processes of their own, which may crash; false: in this one (debugger)",
@@ -186,11 +194,23 @@ def make_settings(config: Config) -> dict[str, FoldSettings]:
                 )
             if not isinstance(values, dict):
                 raise UserError(f"{name}: {model}: expected {{name: value}}, found {values!r}")
-    seed, options, recipes = config.seeds[0], config.options, config.recipes
-    return {
-        model: config.settings(model, seed, options.get(model, {}), recipes.get(model, {}))
-        for model in config.models
-    }
+    found = {}
+    for model, fused in [(model, False) for model in config.models] + list_fused(config):
+        changes = config.options.get(model, {}), config.recipes.get(model, {})
+        one = config.settings(model, config.seeds[0], *changes, fused)
+        found[one.label] = one
+    return found
+
+
+def list_fused(config: Config) -> list[tuple[str, bool]]:
+    """With covariates: what they say alone, and every model with them that has a slide vector."""
+    if not config.covariates:
+        return []
+    plain = [model for model in config.models if model not in SLIDE_VECTOR]
+    if plain:
+        line = "benchmark: no slide vector to fuse covariates with: %s"
+        logger.info(line, ", ".join(plain))
+    return [(model, True) for model in (ALONE, *config.models) if model not in plain]
 
 
 def build_jobs(config: Config, cohort: Cohort) -> list[FoldJob]:
@@ -198,7 +218,8 @@ def build_jobs(config: Config, cohort: Cohort) -> list[FoldJob]:
     settings = make_settings(config)
     check_tasks(cohort, settings)
     memory = choose_memory(config.ram_gb, count_workers(config))
-    return make_jobs(Path(config.output), cohort, settings, config.seeds, memory)
+    jobs = make_jobs(Path(config.output), cohort, settings, config.seeds, memory)
+    return [replace(job, tracker=config.tracker) for job in jobs]
 
 
 def count_workers(config: Config) -> int:
@@ -235,14 +256,27 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
         "metric": task.headline,
         "feature_sets": feature_sets,
         "headline": choose_headline(config),
-        "models": config.models,
+        "models": list(make_settings(config)),
+        "unit": config.unit,
         "classes": list(task.names),
     }
     folders = {name: str(next(iter(bags.values())).parent) for name, bags in cohort.files.items()}
     beside = {name: os.path.relpath(folder, output) for name, folder in folders.items()}
     places = {"features": folders, "features_beside": beside}
     write_json(output / "summary.json", content | {"protocol": protocol} | places)
-    print(text_table(feature_sets, config.models, task))
+    track_summary(config, summary)
+    print(text_table(feature_sets, list(make_settings(config)), task))
+
+
+def track_summary(config: Config, summary: dict[str, Any]) -> None:
+    """Hand the means and intervals of every feature set and model to the tracker, where one is on;
+    the trainings are runs of their own there.
+    """
+    output = Path(config.output)
+    label = f"{output.absolute().name}/summary"
+    tracking = make_tracking(config.tracker, output, to_dict(config), label)
+    if tracking is not None:
+        tracking.show(flatten_numbers(summary), (output / "summary.md").read_text(encoding="utf-8"))
 
 
 def train_pending(config: Config, pending: list[FoldJob]) -> dict[int, str]:

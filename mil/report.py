@@ -104,7 +104,9 @@ def make_examples(
     failures: Failures,
 ) -> list[Group[Example]]:
     """Example slides of one feature set, from the first seed's runs; none without slides."""
-    if not config.slides:
+    if config.slides and summary.get("unit", "slide") != "slide":
+        logger.info("report: predictions are by case: no example slides are shown")
+    if not config.slides or summary.get("unit", "slide") != "slide":
         return []
     name = config.examples_of or choose_feature_set(summary, summary["headline"], task)
     if name not in runs:

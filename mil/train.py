@@ -20,6 +20,7 @@ import torch
 
 from mil.datasets.bags import choose_memory, digest_each
 from mil.models import MODELS
+from mil.models.fusion import ALONE
 from mil.training.engine import check_validation
 from mil.training.fold_run import FoldJob, open_job, run_job
 from mil.training.keys import TrainingKeys
@@ -28,7 +29,7 @@ from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, group, key
 from wsi_common.distributed import init_distributed, local_processes
 from wsi_common.errors import UserError
-from wsi_common.run import Tracker
+from wsi_common.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Config(TrainingKeys):
 
     features: str = key(REQUIRED, "folder of feature bags", path=True)
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
-    model: str = key("abmil", "slide classifier", choices=tuple(MODELS))
+    model: str = key("abmil", "slide classifier", choices=(*MODELS, ALONE))
     options: dict[str, Any] = key({}, "options of the models; {name: value}")
     seed: int = key(2024, "seed of everything that is drawn at random")
     fold: int = key(0, "which fold to train")
@@ -51,7 +52,8 @@ class Config(TrainingKeys):
 
 def build_job(config: Config) -> FoldJob:
     """Model, labels, bags and split of this training, checked."""
-    settings = config.settings(config.model, config.seed, config.options, {})
+    fused = bool(config.covariates)
+    settings = config.settings(config.model, config.seed, config.options, {}, fused)
     cohort = config.read_cohort({config.features: Path(config.features)})
     splits = cohort.splits
     split = {split.fold: split for split in splits}.get(config.fold)
@@ -63,10 +65,9 @@ def build_job(config: Config) -> FoldJob:
     files = cohort.files[config.features]
     cases = {record.slide_id: record.case_id for record in cohort.slides.records}
     digests = digest_each(files, cases)
-    data = (cohort.slides, cohort.targets, split, tuple(files.items()), digests)
-    return FoldJob(
-        Path(config.output), settings, *data, choose_memory(config.ram_gb, local_processes())
-    )
+    memory = choose_memory(config.ram_gb, local_processes())
+    output = Path(config.output)
+    return cohort.job(output, settings, split, config.features, digests, memory)
 
 
 def main(config: Config) -> int | None:
@@ -75,7 +76,7 @@ def main(config: Config) -> int | None:
     job = build_job(config)
     task = job.fit_task()
     check_recipe(job.settings.training, task, world)  # before there is a run directory
-    check_validation([job.targets.of(slide) for slide in job.split.val], task)
+    check_validation(job.targets_of("val"), task)
     run = open_job(job, world, overwrite=config.overwrite, tracker=config.tracker)
     if run.results is not None:
         logger.info("%s: finished already", run.path)

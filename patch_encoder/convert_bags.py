@@ -1,8 +1,13 @@
-"""Write feature bags in the layouts of STAMP and TRIDENT, for their classifiers and slide encoders.
+"""Write feature bags in the layouts of STAMP and TRIDENT, for their classifiers and slide encoders,
+or as AnnData.
 
     python -m patch_encoder.convert_bags features=runs/features/uni2_h to=stamp output=runs/stamp
 
-Writes `<output>/<slide_id>.h5` (STAMP) or `<output>/features_<encoder>/<slide_id>.h5` (TRIDENT).
+    python -m patch_encoder.convert_bags features=runs/features/uni2_h to=anndata output=runs/h5ad
+        scores=runs/heatmaps/scores
+
+Writes `<output>/<slide_id>.h5` (STAMP), `<output>/features_<encoder>/<slide_id>.h5` (TRIDENT) or
+`<output>/<slide_id>.h5ad` (AnnData, with the scores of the tiles as columns of `obs`).
 Bags that are there with the same content are kept, other content is refused; slides that fail are
 listed in `failures.csv` and the exit status is 1.
 """
@@ -14,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patch_encoder.bags.bag import open_bag
-from patch_encoder.bags.other_layouts import BAG_FORMATS, describe_origin, read_origin
+from patch_encoder.bags.other_layouts import BAG_FORMATS, Conversion, read_origin
 from patch_encoder.bags.paths import find_coordinates, list_bags
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.keys import SelectionKeys
@@ -43,6 +48,12 @@ class Config(SelectionKeys):
     coords: str = key(
         "", "folder of coordinates files; for bags that do not say where their tiles lie", path=True
     )
+    scores: str = key(
+        "",
+        "folder of tables <slide>.csv with x, y and scores of the tiles, as scores/ of a heatmap; "
+        "with to=anndata",
+        path=True,
+    )
     labels: str = key("", "labels.csv of the cohort; mpp comes from it", path=True)
     mpp: float | None = key(
         None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
@@ -64,13 +75,13 @@ def convert_bag(config: Config, slide_id: str, file: Path, mpp: float | None) ->
     encoder = str(bag.provenance.get("encoder") or Path(config.features).resolve().name)
     layout = BAG_FORMATS[config.to]
     target = Path(config.output) / layout.name.format(slide=slide_id, encoder=encoder)
-    wanted = describe_origin(bag, mpp)
-    if can_reuse(
-        target, lambda: read_origin(target), wanted, "another bag", overwrite=config.overwrite
-    ):
+    scores = Path(config.scores) / f"{slide_id}.csv" if config.scores else None
+    given = Conversion(slide_id, bag, mpp, encoder, target.parent, scores)
+    how = {"overwrite": config.overwrite}
+    if can_reuse(target, lambda: read_origin(target), given.origin(), "another bag", **how):
         return False
     with atomic_path(target) as temporary:
-        layout.write(temporary, bag, mpp, encoder, target.parent)
+        layout.write(temporary, given)
     return True
 
 
@@ -78,6 +89,8 @@ def main(config: Config) -> int:
     selection = config.selection()
     if config.suffixes:
         raise UserError("suffixes: a bag does not say how its slide's file ends; use slides_list=")
+    if config.scores and config.to != "anndata":
+        raise UserError(f"scores={config.scores}: expected to=anndata, found to={config.to}")
     bags = {
         slide_id: file
         for slide_id, file in list_bags(config.features).items()

@@ -12,31 +12,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from patch_encoder.extraction.keys import EncoderKeys, FeatureKeys
+from patch_encoder.extraction.keys import CoordsKeys, FeatureKeys, NamedEncoderKeys
 from patch_encoder.extraction.loop import extract
-from patch_encoder.models.encoders import Encoder, build_encoder
+from patch_encoder.models.encoders import Encoder
 from wsi_common.cli import launch
-from wsi_common.config import key
 
 
 @dataclass
-class Config(EncoderKeys, FeatureKeys):
+class Config(NamedEncoderKeys, CoordsKeys, FeatureKeys):
     """Keys of feature extraction."""
-
-    encoder: str = key(
-        "stain_texture",
-        "encoder: a name that list_encoders prints, timm:<model>, "
-        "open_clip:<model>/<tag>, hf:<repo> or dino",
-    )
-    crop: bool = key(
-        True,
-        "centre crop where the encoder's own processor has one; false: the whole tile, resized",
-    )
 
 
 def build_model(config: Config) -> Encoder:
     """The encoder of this configuration."""
-    return build_encoder(config.encoder, config.weights, config.pool, config.layer, config.crop)
+    return config.load_encoder()
 
 
 def main(config: Config) -> int:

@@ -1,7 +1,8 @@
-"""List the encoders that features can be extracted with; or check one: size, cost and time of a
-tile on this device.
+"""List the encoders that features can be extracted with, and those of whole slides; or check one:
+size, cost and time of a tile on this device.
 
     python -m patch_encoder.list_encoders
+    python -m patch_encoder.list_encoders kind=slide
     python -m patch_encoder.list_encoders json=true
     python -m patch_encoder.list_encoders encoder=uni weights=UNI/pytorch_model.bin
 
@@ -26,12 +27,17 @@ from patch_encoder.extraction.keys import DeviceKeys, EncoderKeys
 from patch_encoder.models.encoder_names import PATTERNS
 from patch_encoder.models.encoder_table import ENCODERS
 from patch_encoder.models.encoders import Encoder, build_encoder
+from patch_encoder.slide_encoders.table import SLIDE_ENCODERS
 from wsi_common.cli import launch
 from wsi_common.config import key
 from wsi_common.device import autocast, pick_device, pick_precision
 from wsi_common.errors import UserError
 
 COLUMNS = ("name", "dim", "input", "mpp", "tile", "precision", "library", "licence", "gated", "hub")
+SLIDE_COLUMNS = (
+    *("name", "dim", "tile_encoder", "mpp", "tile", "coords", "remote_code", "licence", "gated"),
+    "hub",
+)
 
 
 @dataclass
@@ -40,6 +46,9 @@ class Config(DeviceKeys, EncoderKeys):
 
     json: bool = key(False, "print JSON")
     match: str = key("", "list only names that contain this text")
+    kind: str = key(
+        "", "encoders to list: of tiles or of slides; empty: both", choices=("", "tile", "slide")
+    )
     encoder: str = key(
         "",
         "encoder: a name that list_encoders prints, timm:<model>, "
@@ -55,6 +64,7 @@ def make_table(match: str = "") -> list[dict[str, Any]]:
     return [
         {
             "name": name,
+            "kind": "tile",
             "dim": row.width,
             "input": row.fit.size,
             "mpp": row.mpp,
@@ -76,15 +86,50 @@ def make_table(match: str = "") -> list[dict[str, Any]]:
     ]
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Columns padded to their longest entry; `-` where there is nothing to say."""
-    shown = [[_format_cell(row[column]) for column in COLUMNS] for row in rows]
-    widths = [max(len(line[i]) for line in [list(COLUMNS), *shown]) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-        for line in [list(COLUMNS), *shown]
+def make_slide_table(match: str = "") -> list[dict[str, Any]]:
+    """One dict a row of the table of slide encoders, JSON-ready."""
+    return [
+        {
+            "name": name,
+            "kind": "slide",
+            "dim": row.width,
+            "tile_encoder": " or ".join(row.tile_encoders) or "any",
+            "mpp": row.mpp,
+            "tile": row.tile,
+            "coords": row.needs_coords,
+            "remote_code": row.remote_code,
+            "precision": row.precision,
+            "licence": row.licence,
+            "gated": row.gated,
+            "hub": row.weights,
+            "citation": row.citation,
+        }
+        for name, row in SLIDE_ENCODERS.items()
+        if match in name
     ]
-    return "\n".join(lines)
+
+
+def format_table(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """Columns padded to their longest entry; `-` where there is nothing to say."""
+    lines = [list(columns), *([_format_cell(row[name]) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def format_tables(tiles: Sequence[dict[str, Any]], slides: Sequence[dict[str, Any]]) -> str:
+    """Both tables, each under what its encoders are for, without those that are empty."""
+    parts = []
+    if slides:
+        parts.append(
+            "slide encoders (slide_encoder= of encode_slides)\n\n"
+            + format_table(slides, SLIDE_COLUMNS)
+        )
+    if tiles:
+        parts.append(f"{format_table(tiles)}\n\nand by name: {', '.join(PATTERNS)}")
+    return "\n\n".join(reversed(parts))
 
 
 def _format_cell(value: Any) -> str:
@@ -181,17 +226,14 @@ def main(config: Config) -> None:
         )
         print(json.dumps(result, indent=2) if config.json else lines)
         return
-    rows = make_table(config.match)
-    if not rows:
+    tiles = [] if config.kind == "slide" else make_table(config.match)
+    slides = [] if config.kind == "tile" else make_slide_table(config.match)
+    if not (tiles or slides):
         raise UserError(
             f"match='{config.match}': expected part of an encoder's name, found none with it; "
             "leave match empty"
         )
-    print(
-        json.dumps(rows, indent=2)
-        if config.json
-        else f"{format_table(rows)}\n\nand by name: {', '.join(PATTERNS)}"
-    )
+    print(json.dumps(tiles + slides, indent=2) if config.json else format_tables(tiles, slides))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from patch_encoder.cohort.failures import Failures
+from patch_encoder.models.dino_files import DESCRIPTION
 from patch_encoder.pretraining.gradients import add_student_gradients, ask_teacher
 from patch_encoder.pretraining.keys import TileViewKeys
 from patch_encoder.pretraining.loop import (
@@ -35,6 +36,7 @@ from patch_encoder.pretraining.objective import Objective
 from patch_encoder.pretraining.run_files import (
     save_backbone,
     save_dino_checkpoint,
+    share_backbone,
     write_args,
     write_description,
     write_epoch_log,
@@ -364,6 +366,8 @@ def main(config: Config) -> int:
         line = end_epoch(job, state, epoch + 1, values)
     failures.add_all(stream.describe_failures())
     best = {"best": state.best} if state.best else {}
+    if world.is_main:
+        share_backbone(job.run.path, DESCRIPTION, to_dict(config))
     job.run.finish({n: v for n, v in line.items() if not n.startswith("time/")} | best)
     if not world.is_main:
         return 0

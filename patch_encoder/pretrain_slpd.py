@@ -29,7 +29,7 @@ from patch_encoder.pretraining.loop import (
 )
 from patch_encoder.pretraining.monitoring import RecentValues, measure_training
 from patch_encoder.pretraining.objective import Objective
-from patch_encoder.pretraining.run_files import save_backbone
+from patch_encoder.pretraining.run_files import save_backbone, share_backbone
 from patch_encoder.pretraining.run_keys import RunKeys
 from patch_encoder.pretraining.schedules import DistillationSchedules, StepValues
 from patch_encoder.pretraining.state import DistillationState, drop_predecessor, prepare_state
@@ -41,7 +41,11 @@ from patch_encoder.prototypes.objective import (
     make_prototype_goals,
 )
 from patch_encoder.prototypes.region_batches import choose_share, draw_order, read_batches
-from patch_encoder.prototypes.region_encoder import RegionEncoderDescription, write_region_encoder
+from patch_encoder.prototypes.region_encoder import (
+    DESCRIPTION,
+    RegionEncoderDescription,
+    write_region_encoder,
+)
 from patch_encoder.prototypes.region_packing import pack_regions
 from patch_encoder.prototypes.region_probe import (
     SCORES,
@@ -356,6 +360,8 @@ def main(config: Config) -> int:
     for epoch in range(start, config.epochs):
         values = train_one_epoch(job, state, epoch)
         line = end_epoch(job, state, epoch + 1, values)
+    if world.is_main:
+        share_backbone(job.run.path, DESCRIPTION, to_dict(config))
     job.run.finish({name: v for name, v in line.items() if not name.startswith("time/")})
     job.store.close()
     if world.is_main:

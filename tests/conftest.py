@@ -39,6 +39,7 @@ LONG = (
     "test_sharing",
     "test_training_pool",
     "test_export_student",
+    "test_export_detector",
     "test_classify_detections",
     "test_detector_training",
     "test_benchmark",

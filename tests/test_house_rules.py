@@ -19,6 +19,7 @@ SIZES = {
     "wsi_common/processes": "one supervised pool",
     "detection_kd/models": "networks of four systems: detector, student, localiser, graders",
     "detection_kd/ops": "one operator",
+    "mil/models": "a file per published model",
     "patch_encoder/viz": "overlays and their captions",
     "studies/ablations": "one table and its figure",
 }

@@ -39,19 +39,21 @@ ROOMS = {
         "selfdistill": 5,
         "regions": 5,
         "cohort": 4,
+        "viewer": 5,
         "tile_stream": 5,
         "probing": 6,
         "pretraining": 7,
         "prototypes": 8,
+        "slide_encoders": 9,
         "pretrain_page": 8,
         "region_page": 9,
     },
     "detection_kd": {"ops": 0, "losses": 1, "datasets": 2, "models": 3, "evaluation": 5},
     "mil": {"ops": 0, "losses": 1, "datasets": 2, "models": 3, "tasks": 4, "training": 5},
 }
-ROOMS["detection_kd"] |= {"mitosis_sets": 2, "graded_patches": 2, "fields": 3}
+ROOMS["detection_kd"] |= {"mitosis_sets": 2, "graded_patches": 2, "fields": 3, "box_sets": 3}
 ROOMS["detection_kd"] |= {"grading": 6, "whole_slides": 7, "figures": 8}
-ROOMS["mil"] |= {"evaluation": 5, "classic": 6, "figures": 6, "heatmaps": 7}
+ROOMS["mil"] |= {"evaluation": 5, "classic": 6, "figures": 6, "heatmaps": 7, "ensembles": 8}
 NAMES_A_MODULE = re.compile(r"\b(patch_encoder|detection_kd|mil|studies|benchmarks)\.[a-z_]\w*")
 # a library that takes about as long to load as torch, or most of a second
 HEAVY = {"torch._dynamo", "torchvision", "timm", "open_clip", "transformers", "pandas", "sklearn"}

@@ -5,7 +5,6 @@ know.
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from wsi_common.cli import run
 
 SCRIPTS = sorted([*(ROOT / "tools").rglob("*.sh"), *(ROOT / "tools").rglob("*.sbatch")])
 RUNNABLE = [script for script in SCRIPTS if script.name != "lib.sh" and "slurm" not in script.parts]
-WITHOUT_KEYS = {"setup.sh", "test.sh", "quickstart.sh", "docs.sh", "redis_server.sh"}
+WITHOUT_KEYS = {"setup.sh", "test.sh", "quickstart.sh", "cervical.sh", "docs.sh", "redis_server.sh"}
 ENVIRONMENT = {
     **os.environ,
     "ENV": "active",
@@ -188,10 +187,15 @@ def test_a_benchmark_on_several_machines_is_ray_s(folder: Path) -> None:
     assert done.returncode == 2 and not called and "engine=ray" in done.stderr
 
 
+def test_the_cervical_road_wants_a_folder(folder: Path) -> None:
+    done, called = started(ROOT / "tools" / "cervical.sh", [], folder)
+    assert done.returncode == 2 and not called and "expected DATA=" in done.stderr
+
+
 def test_quickstart_refuses_a_folder_without_data(tmp_path: Path, warm_python: Path) -> None:
     python = {name: str(warm_python) for name in ("PYTHON", "PYTHON_BASE")}
     for variables, arguments, expected in (
-        ({"DATA": str(tmp_path)}, [], "found neither"),
+        ({"DATA": str(tmp_path)}, [], "fields named NL_12_ (3).jpg, found none"),
         ({}, ["--fast"], "no arguments"),
     ):
         done = subprocess.run(
@@ -224,23 +228,3 @@ def test_setup_takes_an_active_environment_as_it_is() -> None:
         check=False,
     )
     assert done.returncode == 2
-
-
-def test_requirement_files_agree() -> None:
-    def lines(name: str) -> dict[str, str]:
-        rows = (
-            line.split("#")
-            for line in (ROOT / name).read_text().splitlines()
-            if line and not line.startswith("#")
-        )
-        found = {}
-        for requirement, comment in rows:
-            assert comment.strip(), f"{name}: {requirement} has no comment"
-            text = requirement.strip()
-            found[text.split(">")[0]] = text
-        return found
-
-    files = [lines(f"requirements-{name}.txt") for name in ("det", "mil", "docs")]
-    for one, other in itertools.combinations(files, 2):
-        for name in one.keys() & other.keys():
-            assert one[name] == other[name]

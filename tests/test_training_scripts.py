@@ -1,5 +1,5 @@
-"""Every training script learns, resumes bit for bit after a SIGKILL, leaves a finished run alone, and
-trains on two processes as on one.
+"""Every training script learns, resumes bit for bit after a SIGKILL, leaves a finished run alone,
+writes its weights as safetensors, and trains on two processes as on one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tests.training_harness import (
     assert_left_alone,
     assert_pair_is_one,
     assert_resumes,
+    assert_shared,
     start,
 )
 from tests.training_rows import ROWS
@@ -80,6 +81,13 @@ def test_a_finished_run_is_left_alone(
     row: Row, finished: Callable[[Row], Path], inputs: Callable[[Row], list[str]]
 ) -> None:
     assert_left_alone(row, [*inputs(row), *row.settings], finished(row))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.learns], ids=names)
+def test_a_finished_run_has_its_weights_as_safetensors(
+    row: Row, finished: Callable[[Row], Path]
+) -> None:
+    assert_shared(finished(row))
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.pair], ids=names)

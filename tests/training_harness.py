@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, kill_when, line_count, run_two_processes
+from wsi_common.checkpoint import load_checkpoint, load_tensors
 from wsi_common.cli import run
 
 # columns of metrics.jsonl that depend on the machine
@@ -173,6 +174,23 @@ def assert_left_alone(row: Row, arguments: list[str], finished: Path) -> None:
         assert start(row, [*arguments, f"output={finished}"]) == 0
         assert not trained
     assert stamps == {path: path.stat().st_mtime_ns for path in finished.glob("*.pt")}
+
+
+def assert_shared(finished: Path) -> None:
+    """The run's best weights, or those of its backbone, are there as safetensors, with the
+    description that its checkpoint has.
+    """
+    shared = load_checkpoint(finished / "model.safetensors")
+    best = finished / "checkpoint_best.pt"
+    if best.is_file():
+        wanted = load_checkpoint(best)
+        assert_equal(shared["model"], wanted["model"], "model")
+        assert shared["config"] == json.loads(json.dumps(wanted["config"]))
+        assert (shared["epoch"], shared.get("best")) == (wanted["epoch"], wanted.get("best"))
+    else:
+        assert_equal(shared["model"], load_tensors(finished / "backbone.pt", "weights"), "backbone")
+        described = next(finished.glob("*encoder.json"))
+        assert shared["config"]["backbone"] == json.loads(described.read_text())
 
 
 class count_epochs:

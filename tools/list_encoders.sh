@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # List the encoders with width, input, resolution, licence and hub, or check one of them on this machine.
-#   bash tools/list_encoders.sh
+#   bash tools/list_encoders.sh                (kind=slide: the encoders of whole slides only)
 #   bash tools/list_encoders.sh encoder=uni weights=UNI/pytorch_model.bin
 # All keys: bash tools/list_encoders.sh --help
 set -euo pipefail

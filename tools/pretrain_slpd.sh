@@ -23,7 +23,7 @@ demo() {
   run_python patch_encoder.demo.render_cohort --config "$ROOT/configs/slpd/cohort.yaml" output="$COHORT" $RENDER
   local on_cohort=(slides="$COHORT/slides" labels="$COHORT/labels.csv")
   run_python patch_encoder.tile_slides --config "$ROOT/configs/quickstart/tiles.yaml" "${on_cohort[@]}" tile_size=64 output="$RUN/tiles"
-  run_python patch_encoder.extract_features --config "$ROOT/configs/quickstart/teacher.yaml" "${on_cohort[@]}" coords="$RUN/tiles" output="$RUN/features"
+  run_python patch_encoder.extract_features --config "$ROOT/configs/quickstart/teacher.yaml" encoder=stain_texture "${on_cohort[@]}" coords="$RUN/tiles" output="$RUN/features"
   run_python patch_encoder.build_regions features="$RUN/features/stain_texture" output="$RUN/regions" region_tiles=8 min_regions=8
   if command -v redis-server >/dev/null; then
     # a socket's path is short

@@ -3,8 +3,10 @@
 #
 #   bash tools/quickstart.sh                 on a small cytology cohort that it renders itself (no download)
 #   DATA=<folder> bash tools/quickstart.sh   on pictures of yours: <folder> holds labels.csv, slides/ and detection/{train,val}.json
-#                                            + detection/images/; or bccd/ (blood smear fields), from which slides are composed
+#                                            + detection/images/; or bccd/ (blood smear fields), or labelled fields named
+#                                            NL_12_ (3).jpg, HSIL_1 (10).jpg, ... in any tree; from fields, slides are composed
 #
+# TEACHER=imagenet_lite0 (default) or stain_texture is whom the student imitates; both are in the table.
 # Everything goes to RUN (default runs/quickstart). Killed at any point and started again, it goes on; a second run over
 # finished work does nothing. ENV=active uses the active environment, PYTHON names the interpreter.
 set -euo pipefail
@@ -14,7 +16,9 @@ main() {
   : "${DATA:=}"
   : "${ENV:=venv}"
   : "${RUN:=}"
+  : "${TEACHER:=imagenet_lite0}"
   # sizes, for a smaller trial: COHORT="cv_slides=20 pretrain_slides=8" DETECTOR="epochs=1" D2VFM="epochs=2" MIL="folds=2" ...
+  : "${FIELDS:=}"
   : "${COHORT:=}"
   : "${DETECTOR:=}"
   : "${RANK:=}"
@@ -23,7 +27,7 @@ main() {
   : "${MIL:=}"
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
-    sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3-
+    sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3-
     exit 0
   fi
   if [[ $# -gt 0 ]]; then
@@ -47,7 +51,7 @@ main() {
   # the user's own fields keep their categories; the rendered ones have one
   categories=(class_agnostic=false)
   # the cohort: rendered, composed from annotated fields, or the user's own
-  split_cv=cv split_pretrain=pretrain protocol=cv
+  split_cv=cv split_pretrain=pretrain protocol=cv controls=(mean_colour)
   if [[ -z "$DATA" ]]; then
     : "${RUN:=runs/quickstart}"
     cohort="$RUN/cohort" categories=()
@@ -68,33 +72,49 @@ main() {
     # shellcheck disable=SC2086
     stage "compose cohort" patch_encoder.demo.compose_cohort --config "$configs/compose.yaml" output="$cohort" \
       images="$DATA/bccd/JPEGImages" annotations="$DATA/bccd/coco_derived.json" lists="$DATA/bccd/ImageSets/Main" $COHORT
+  elif [[ -d "$DATA" && -n "$(find -L "$DATA" -iname 'NL_*(*).*' -print -quit)" ]]; then
+    : "${RUN:=runs/quickstart-cervical}"
+    # light and focus of the source tell the classes apart: the table has to show by how much
+    cohort="$RUN/cohort" categories=() split_cv=test split_pretrain=train controls=(mean_colour colour_statistics sharpness)
+    # shellcheck disable=SC2086
+    stage "label fields" patch_encoder.demo.label_fields --config "$configs/cervical_fields.yaml" fields="$DATA" output="$RUN/fields" $FIELDS
+    # shellcheck disable=SC2086
+    stage "compose cohort" patch_encoder.demo.compose_cohort --config "$configs/cervical_slides.yaml" output="$cohort" \
+      images="$RUN/fields/images" annotations="$RUN/fields/annotations.json" lists="$RUN/fields/lists" $COHORT
   else
-    echo "error: DATA=$DATA: expected labels.csv with slides/ and detection/, or bccd/, found neither" >&2
+    echo "error: DATA=$DATA: expected labels.csv with slides/ and detection/, bccd/, or fields named NL_12_ (3).jpg, found none" >&2
     exit 2
   fi
 
   on_cohort=(slides="$cohort/slides" labels="$cohort/labels.csv")
   tiles="$RUN/tiles" features="$RUN/features" student="$RUN/d2vfm/checkpoint_best.pt"
   stage "tile slides" patch_encoder.tile_slides --config "$configs/tiles.yaml" "${on_cohort[@]}" output="$tiles"
-  stage "teacher features" patch_encoder.extract_features --config "$configs/teacher.yaml" "${on_cohort[@]}" coords="$tiles" output="$features"
-  stage "mean colour" patch_encoder.extract_features --config "$configs/teacher.yaml" encoder=mean_colour "${on_cohort[@]}" coords="$tiles" output="$features"
+  # the student's teacher first: the others are compared with it
+  if [[ "$TEACHER" == stain_texture ]]; then other=imagenet_lite0; else other=stain_texture; fi
+  encoders=("$TEACHER" "$other" "${controls[@]}")
+  feature_sets="$features/$TEACHER,$features/student"
+  for encoder in "${encoders[@]}"; do
+    [[ "$encoder" == "$TEACHER" ]] || feature_sets+=",$features/$encoder"
+    stage "$encoder features" patch_encoder.extract_features --config "$configs/teacher.yaml" encoder="$encoder" "${on_cohort[@]}" \
+      coords="$tiles" output="$features"
+  done
   # shellcheck disable=SC2086
   stage "train detector" detection_kd.train_detector --config "$configs/detector.yaml" output="$RUN/detector" \
     train="$cohort/detection/train.json" val="$cohort/detection/val.json" images="$cohort/detection/images" "${categories[@]}" $DETECTOR
   # shellcheck disable=SC2086
-  stage "rank patches" mil.rank_patches --config "$configs/rank.yaml" "${on_cohort[@]}" features="$features/stain_texture" \
+  stage "rank patches" mil.rank_patches --config "$configs/rank.yaml" "${on_cohort[@]}" features="$features/$TEACHER" \
     subset="$split_pretrain" output="$RUN/distillation" $RANK
   # shellcheck disable=SC2086
-  stage "train d2vfm" detection_kd.train_d2vfm --config "$configs/d2vfm.yaml" dataset="$RUN/distillation" \
+  stage "train d2vfm" detection_kd.train_d2vfm --config "$configs/d2vfm.yaml" teacher="$TEACHER" dataset="$RUN/distillation" \
     backbone="$RUN/detector/backbone.pt" output="$RUN/d2vfm" $D2VFM
   stage "student features" detection_kd.extract_student --config "$configs/student.yaml" "${on_cohort[@]}" coords="$tiles" \
     student="$student" output="$features"
   # shellcheck disable=SC2086
-  stage "encoder cost" studies.measure_encoders encoders='[stain_texture,mean_colour]' student="$student" "${on_cohort[@]}" \
-    coords="$tiles" output="$RUN/encoder_cost.json" $COST
+  stage "encoder cost" studies.measure_encoders encoders="[$(IFS=, && echo "${encoders[*]}")]" student="$student" "${on_cohort[@]}" \
+    coords="$tiles" output="$RUN/encoder_cost.json" tiles_per_round=256 $COST
   # shellcheck disable=SC2086
   stage "mil benchmark" mil.benchmark --config "$configs/mil.yaml" labels="$cohort/labels.csv" protocol="$protocol" subset="$split_cv" \
-    features="[$features/stain_texture,$features/student,$features/mean_colour]" cost="$RUN/encoder_cost.json" output="$RUN/mil" $MIL
+    features="[$feature_sets]" cost="$RUN/encoder_cost.json" output="$RUN/mil" models='[mean,abmil]' $MIL
   "$PYTHON" -m mil.report benchmark="$RUN/mil" stage_times="$RUN/stages.json" slides="$cohort/slides" labels="$cohort/labels.csv" output="$RUN"
   echo "quickstart: $((SECONDS - started)) s; report: $RUN/report.html, figures: $RUN/summary.json"
 }

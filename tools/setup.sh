@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Make the Python environment: .venv in the repository, with uv where it can be had, else venv and pip.
 #
-#   bash tools/setup.sh                 all three requirement files into .venv
-#   REQUIREMENTS=det bash tools/setup.sh    detection_kd and patch_encoder only (det) or mil only (mil)
+#   bash tools/setup.sh                 everything, with the tests' and the pages' packages, into .venv
+#   REQUIREMENTS=det bash tools/setup.sh    what one use needs: extract, det or mil, as in requirements-<use>.txt
 #   ENV=active bash tools/setup.sh      use the environment that is active (conda, venv) as it is; only check it
 #   PYTHON_BASE=python3.12 bash ...     the interpreter to build from (>= 3.10)
 #   ARCHITECTURES=80,90 bash ...        CUDA architectures of the compiled ops; default: this machine's GPUs
@@ -24,6 +24,7 @@ build_ops() {
   case "$REQUIREMENTS" in
     det) packages=(detection_kd) ;;
     mil) packages=(mil) ;;
+    extract) return 0 ;;
   esac
   if [[ -n "${ARCHITECTURES:-}" ]]; then
     options=("architectures=[$ARCHITECTURES]")
@@ -43,9 +44,9 @@ build_ops() {
 }
 
 case "$REQUIREMENTS" in
-  all) files=("$root/requirements-det.txt" "$root/requirements-mil.txt" "$root/requirements-docs.txt") ;;
-  det | mil) files=("$root/requirements-$REQUIREMENTS.txt") ;;
-  *) echo "error: REQUIREMENTS=$REQUIREMENTS: expected all, det or mil" >&2; exit 2 ;;
+  all) files=("$root/requirements-test.txt" "$root/requirements-docs.txt") ;;
+  extract | det | mil) files=("$root/requirements-$REQUIREMENTS.txt") ;;
+  *) echo "error: REQUIREMENTS=$REQUIREMENTS: expected all, extract, det or mil" >&2; exit 2 ;;
 esac
 if [[ "$ENV" == "active" ]]; then
   "$PYTHON_BASE" -c 'import torch, h5py, omegaconf, openslide' ||
@@ -59,8 +60,8 @@ fi
 stamp="$root/.venv/.requirements"
 # what tests compare with, without its dependencies: grad-cam asks for opencv-python, which overwrites opencv-python-headless
 alone=("grad-cam>=1.5.5,<2" "ttach>=0.0.3,<1")
-[[ "$REQUIREMENTS" == "mil" ]] && alone=()
-wanted="$({ cat "${files[@]}"; echo "${alone[*]-}"; } | cksum)"
+[[ "$REQUIREMENTS" == "all" ]] || alone=()
+wanted="$({ cat "$root"/requirements-*.txt; echo "$REQUIREMENTS ${alone[*]-}"; } | cksum)"
 python="$root/.venv/bin/python"
 if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
   build_ops "$python"

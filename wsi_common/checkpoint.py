@@ -2,7 +2,8 @@
 `weights_only=True`.
 
 Keys: `model`, `config` (plain dict: enough to rebuild the model), `epoch` (epochs completed),
-`best`; for resuming `optimizer`, `scaler`, `rng`.
+`best`; for resuming `optimizer`, `scaler`, `rng`. Whatever reads one takes a folder with
+`model.safetensors` and `config.json` (`wsi_common.shared_weights`) in its place.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from torch import nn
 from wsi_common.errors import DamagedFile, UserError
 from wsi_common.files import atomic_path
 from wsi_common.seed import rng_state, set_rng_state
+from wsi_common.shared_weights import (
+    find_weights,
+    is_shared,
+    read_safetensors,
+    read_shared_weights,
+    write_shared_weights,
+)
 
 
 def save_checkpoint(
@@ -45,13 +53,16 @@ def save_tensors(path: str | Path, content: Any) -> None:
 
 
 def load_tensors(path: str | Path, what: str) -> Any:
-    """`torch.load(weights_only=True)` on the CPU.
+    """`torch.load(weights_only=True)` on the CPU; a folder or a `.safetensors` file is read as
+    `wsi_common.shared_weights` describes.
 
     Raises:
         DamagedFile: it is truncated, or holds code.
         UserError: it is not there, or may not be read.
     """
-    path = Path(path)
+    path = find_weights(path)
+    if path.suffix == ".safetensors":
+        return read_shared_weights(path, what)
     if not path.is_file():
         raise UserError(f"{path}: expected {what}, found no file")
     try:
@@ -68,25 +79,23 @@ def load_tensors(path: str | Path, what: str) -> Any:
 
 
 def read_weights(path: str | Path, what: str) -> dict[str, Any]:
-    """The dict in a `.safetensors` file or in a torch file that `load_tensors` takes, else
-    UserError.
+    """The dict in a torch file that `load_tensors` takes, or the tensors of a `.safetensors` file
+    that is none of ours, else UserError.
     """
-    if Path(path).suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            # copies: what the library gives is the file itself, mapped, and a file that is written
-            # over kills who maps it
-            return {name: tensor.clone() for name, tensor in load_file(path).items()}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: expected {what}, cannot be read: {error}") from None
+    file = find_weights(path)
+    if file.suffix == ".safetensors" and not is_shared(file):
+        return read_safetensors(file, what)
     content = load_tensors(path, what)
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: expected {what} (a dict of tensors), found {type(content).__name__}"
         )
     return content
+
+
+def share_checkpoint(path: Path) -> None:
+    """Write a checkpoint's weights once more, beside it, as `model.safetensors`."""
+    write_shared_weights(path.parent, load_checkpoint(path))
 
 
 def load_checkpoint(path: str | Path, what: str = "a checkpoint") -> dict[str, Any]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from wsi_common.config import REQUIRED, group, key
 from wsi_common.device import PRECISIONS
-from wsi_common.run import Tracker
 from wsi_common.schedules import SCHEDULES
+from wsi_common.tracking import Tracker
 
 
 @dataclass

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,22 @@ import torch
 import yaml
 
 from wsi_common import __version__
-from wsi_common.config import identity, key, to_dict
+from wsi_common.checkpoint import share_checkpoint
+from wsi_common.config import identity, to_dict
 from wsi_common.device import pick_precision
 from wsi_common.distributed import World, barrier
-from wsi_common.errors import UserError
 from wsi_common.files import read_json, without_nan, write_json, write_text
 from wsi_common.provenance import can_reuse, unknown_origin
-
-
-@dataclass
-class Tracker:
-    """Weights & Biases; metrics.jsonl is written in any case."""
-
-    mode: str = key(
-        "disabled", "Weights & Biases mode", choices=("disabled", "offline", "online"), runtime=True
-    )
-    project: str = key("wsi", "Weights & Biases project", runtime=True)
+from wsi_common.shared_weights import BEST, DESCRIPTION, WEIGHTS
+from wsi_common.tracking import (
+    EVENTS,
+    METRICS,
+    WANDB_ID,
+    TensorBoardEvents,
+    Tracker,
+    WandbRun,
+    make_tracking,
+)
 
 
 class Run:
@@ -50,13 +50,17 @@ class Run:
     """
 
     def __init__(
-        self, path: Path, results: dict[str, Any] | None, tracker: Any, writes: bool
+        self,
+        path: Path,
+        results: dict[str, Any] | None,
+        tracking: TensorBoardEvents | WandbRun | None,
+        writes: bool,
     ) -> None:
         self.path = path
         self.results = results
         self.last = path / "checkpoint_last.pt"
-        self.best = path / "checkpoint_best.pt"
-        self._tracker = tracker
+        self.best = path / BEST
+        self._tracking = tracking
         self._writes = writes
 
     def log(self, values: dict[str, Any]) -> None:
@@ -65,10 +69,10 @@ class Run:
         """
         if not self._writes:
             return
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        with (self.path / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(without_nan(values), allow_nan=False) + "\n")
-        if self._tracker is not None:
-            self._tracker.log(values)
+        if self._tracking is not None:
+            self._tracking.log(values)
 
     def forget_after(self, epoch: int, step: int = -1) -> None:
         """Drop logged lines of what will be run again: of epochs beyond `epoch` completed ones.
@@ -78,7 +82,7 @@ class Run:
             step: for scripts that also stop inside an epoch, steps that are completed: their
                 lines, which are those with a `step`, are kept.
         """
-        file = self.path / "metrics.jsonl"
+        file = self.path / METRICS
         if not self._writes or not file.is_file():
             return
         kept = []
@@ -92,12 +96,16 @@ class Run:
         write_text(file, "".join(line + "\n" for line in kept))
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write results.json, which marks the run as finished."""
+        """Write the best weights as `model.safetensors`, then results.json, which marks the run as
+        finished.
+        """
         self.results = results
         if self._writes:
+            if self.best.is_file():
+                share_checkpoint(self.best)
             write_json(self.path / "results.json", results)
-        if self._tracker is not None:
-            self._tracker.finish()
+        if self._tracking is not None:
+            self._tracking.finish(results)
 
 
 def open_run(
@@ -108,6 +116,7 @@ def open_run(
     inputs: dict[str, str],
     overwrite: bool = False,
     tracker: Tracker | None = None,
+    label: str = "",
 ) -> Run:
     """Make or reopen a run directory.
 
@@ -117,7 +126,8 @@ def open_run(
         world: this process; only the main one writes.
         inputs: fingerprint (any string) of each input, by name: file digests, cohort digests.
         overwrite: start afresh over another run's directory.
-        tracker: Weights & Biases settings.
+        tracker: where metrics go besides metrics.jsonl.
+        label: name of the run there, as for `make_tracking`.
 
     Raises:
         UserError: the directory holds a run with other settings or inputs, which are named.
@@ -144,7 +154,9 @@ def open_run(
     barrier()
     finished = path / "results.json"
     results = read_json(finished, "a run's results") if finished.is_file() else None
-    return Run(path, results, _start_tracker(tracker, path, config, world), world.is_main)
+    tracker = tracker if world.is_main else None
+    tracking = make_tracking(tracker, path, to_dict(config), label)
+    return Run(path, results, tracking, world.is_main)
 
 
 def _resolve_precision(settings: dict[str, Any], world: World) -> dict[str, Any]:
@@ -160,22 +172,28 @@ def _resolve_precision(settings: dict[str, Any], world: World) -> dict[str, Any]
 
 
 def _clear(path: Path) -> None:
-    for name in ("results.json", "metrics.jsonl", "checkpoint_last.pt", "checkpoint_best.pt"):
+    made = ("results.json", METRICS, "checkpoint_last.pt", BEST, WEIGHTS, DESCRIPTION, WANDB_ID)
+    for name in made:
         (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / EVENTS, ignore_errors=True)
+
+
+def find_commit(root: Path) -> str | None:
+    """The git commit of a clone; None for a package that was installed without one, even where the
+    environment lies in a repository of the user's.
+    """
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, git commit and hardware, for environment.json."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "software_version": __version__,
-        "git_commit": commit or None,
+        "git_commit": find_commit(Path(__file__).resolve().parents[1]),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "platform": platform.platform(),
@@ -186,23 +204,3 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _start_tracker(tracker: Tracker | None, path: Path, config: Any, world: World) -> Any:
-    if tracker is None or tracker.mode == "disabled" or not world.is_main:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            f"tracker.mode={tracker.mode}: expected the package wandb; install it or set "
-            "tracker.mode=disabled"
-        ) from None
-    return wandb.init(
-        project=tracker.project,
-        name=path.name,
-        dir=str(path),
-        config=to_dict(config),
-        mode=tracker.mode,
-        resume="allow",
-    )

@@ -26,6 +26,9 @@ class DetectionSizes:
     )
     crop_range: list[int] = key([384, 600], "smallest and largest side of a crop, px")
     symmetry: bool = key(False, "also flip upside down and rotate by 90 degrees")
+    stain: float = key(
+        0.0, "scale and shift the stains' densities by up to this, 0.05 is mild; 0: off"
+    )
     eval_size: int = key(800, "short side in evaluation, px")
     pad_to: int = key(
         0, "pad batches to at least this side, px; 0: to the largest image of the batch"

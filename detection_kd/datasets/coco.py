@@ -8,12 +8,14 @@ image, areas are not; what cannot be used is counted in one line.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from detection_kd.datasets.class_map import ClassMap, check_class_map, merge_categories
 from wsi_common.errors import UserError
 from wsi_common.files import read_json
 
@@ -57,24 +59,32 @@ class DetectionSet:
     Attributes:
         images: in the file's order.
         categories: class names, in the order of the class indices.
-        category_ids: the file's category ids; one a class, or with one class for all of them each
-            of the file's.
+        category_ids: the file's category ids; one a class (the first, where several are merged), or
+            with one class for all of them each of the file's.
+        classes: class index of each of the file's category ids; None: left out.
     """
 
     images: list[ImageRecord]
     categories: list[str]
     category_ids: list[int] = field(default_factory=list)
+    classes: dict[int, int | None] = field(default_factory=dict)
 
 
 def read_coco(
-    path: str | Path, images: str | Path, *, class_agnostic: bool = False
+    path: str | Path,
+    images: str | Path,
+    *,
+    class_agnostic: bool = False,
+    class_map: ClassMap | None = None,
 ) -> DetectionSet:
     """Read and check an annotation file.
 
     Args:
         path: COCO JSON with `images`, `annotations`, `categories`.
         images: folder that the `file_name`s are relative to.
-        class_agnostic: one class, "lesion", instead of the file's categories.
+        class_agnostic: one class, "lesion", instead of the file's categories (of those that
+            `class_map` leaves).
+        class_map: categories to merge, rename or leave out; names that are not there do nothing.
 
     Raises:
         UserError: broken JSON, a missing image file, an unknown image or category id, a box that is
@@ -87,10 +97,10 @@ def read_coco(
                 f"{path}: expected lists images, annotations and categories; '{name}' is missing"
             )
     records = _read_images(content["images"], Path(images), path)
-    indices, names = _read_categories(content["categories"], path)
-    category_ids = list(indices)
+    indices, names, category_ids = _read_classes(content["categories"], class_map or {}, path)
     if class_agnostic:
-        indices, names = dict.fromkeys(indices, 0), [AGNOSTIC]
+        category_ids = [number for number, index in indices.items() if index is not None]
+        indices, names = indices | dict.fromkeys(category_ids, 0), [AGNOSTIC]
     dropped, kept = _read_annotations(content["annotations"], records, indices, path)
     if dropped:
         logger.info(
@@ -98,7 +108,7 @@ def read_coco(
         )
     if not kept:
         raise UserError(f"{path}: expected annotated boxes, found none in {len(records)} images")
-    return DetectionSet(list(records.values()), names, category_ids)
+    return DetectionSet(list(records.values()), names, category_ids, indices)
 
 
 def _read_images(entries: list[Any], root: Path, source: str | Path) -> dict[int, ImageRecord]:
@@ -129,7 +139,8 @@ def _read_images(entries: list[Any], root: Path, source: str | Path) -> dict[int
     return records
 
 
-def _read_categories(entries: list[Any], source: str | Path) -> tuple[dict[int, int], list[str]]:
+def _read_categories(entries: list[Any], source: str | Path) -> dict[int, str]:
+    """Names by their ids, in the order of the ids."""
     try:
         names = {entry["id"]: str(entry["name"]) for entry in entries}
     except (KeyError, TypeError):
@@ -141,14 +152,26 @@ def _read_categories(entries: list[Any], source: str | Path) -> tuple[dict[int, 
             f"{source}: expected categories with unique ids, found {len(entries)} with "
             f"{len(names)} ids"
         )
-    order = sorted(names)
-    return {identifier: index for index, identifier in enumerate(order)}, [
-        names[identifier] for identifier in order
-    ]
+    return {identifier: names[identifier] for identifier in sorted(names)}
+
+
+def _read_classes(
+    entries: list[Any], class_map: ClassMap, source: str | Path
+) -> tuple[dict[int, int | None], list[str], list[int]]:
+    """As `merge_categories`; without a map every category is a class of its own, whatever its
+    name.
+    """
+    names = _read_categories(entries, source)
+    if class_map:
+        return merge_categories(names, class_map)
+    return {number: index for index, number in enumerate(names)}, list(names.values()), list(names)
 
 
 def _read_annotations(
-    entries: list[Any], records: dict[int, ImageRecord], indices: dict[int, int], source: str | Path
+    entries: list[Any],
+    records: dict[int, ImageRecord],
+    indices: Mapping[int, int | None],
+    source: str | Path,
 ) -> tuple[int, int]:
     """Fill the records; returns how many boxes were dropped and kept."""
     found: dict[int, list[tuple[np.ndarray, int, bool, float]]] = {
@@ -157,15 +180,15 @@ def _read_annotations(
     dropped = 0
     for entry in entries:
         box = _read_box(entry, records, indices, source)
-        record = records[entry["image_id"]]
+        record, label = records[entry["image_id"]], indices[entry["category_id"]]
+        if label is None:
+            continue
         clipped = np.clip(box, 0, [record.width, record.height] * 2)
         if (clipped[2:] <= clipped[:2]).any():
             dropped += 1
             continue
         area = _read_area(entry, clipped, source)
-        found[record.id].append(
-            (clipped, indices[entry["category_id"]], bool(entry.get("iscrowd", 0)), area)
-        )
+        found[record.id].append((clipped, label, bool(entry.get("iscrowd", 0)), area))
     for identifier, items in found.items():
         if items:
             boxes, labels, crowd, areas = zip(*items, strict=True)
@@ -177,7 +200,10 @@ def _read_annotations(
 
 
 def _read_box(
-    entry: Any, records: dict[int, ImageRecord], indices: dict[int, int], source: str | Path
+    entry: Any,
+    records: dict[int, ImageRecord],
+    indices: Mapping[int, int | None],
+    source: str | Path,
 ) -> np.ndarray:
     """A checked annotation's box, xyxy px."""
     label = f"{source}: annotation {entry.get('id') if isinstance(entry, dict) else entry!r:.50}"
@@ -219,6 +245,23 @@ def _read_area(entry: dict[str, Any], clipped: np.ndarray, source: str | Path) -
     return float(area)
 
 
+def read_categories(path: str | Path) -> dict[int, str]:
+    """A file's categories as they stand there: names by their ids, in the order of the ids.
+
+    Raises:
+        UserError: no COCO document.
+    """
+    content = read_json(path, "COCO annotations")
+    if not isinstance(content, dict) or not isinstance(content.get("categories"), list):
+        raise UserError(f"{path}: expected COCO annotations with a list of categories, found none")
+    return _read_categories(content["categories"], path)
+
+
+def read_category_names(path: str | Path) -> list[str]:
+    """As `read_categories`, the names alone."""
+    return list(read_categories(path).values())
+
+
 def same_categories(train: DetectionSet, val: DetectionSet) -> None:
     """UserError unless both sets have the same classes in the same order."""
     if train.categories != val.categories:
@@ -230,7 +273,13 @@ def same_categories(train: DetectionSet, val: DetectionSet) -> None:
 
 
 def read_training_sets(
-    train: str, val: str, images: str, *, class_agnostic: bool, batch_size: int
+    train: str,
+    val: str,
+    images: str,
+    *,
+    class_agnostic: bool,
+    class_map: ClassMap,
+    batch_size: int,
 ) -> tuple[DetectionSet, DetectionSet]:
     """Read the training and the validation annotations, and check that they fit together.
 
@@ -238,13 +287,17 @@ def read_training_sets(
         train, val: annotation files.
         images: the folder of the images that both files name.
         class_agnostic: whether all categories become one class.
+        class_map: categories to merge, rename or leave out.
         batch_size: images per step over all processes.
 
     Raises:
-        UserError: a file that `read_coco` refuses, other categories in one file than in the
-            other, or fewer training images than one batch takes.
+        UserError: a file that `read_coco` refuses, a category of `class_map` that is not there,
+            other categories in one file than in the other, or fewer training images than one batch
+            takes.
     """
-    sets = [read_coco(path, images, class_agnostic=class_agnostic) for path in (train, val)]
+    check_class_map(read_category_names(train), class_map, train)
+    options: Any = {"class_agnostic": class_agnostic, "class_map": class_map}
+    sets = [read_coco(path, images, **options) for path in (train, val)]
     same_categories(*sets)
     found = len(sets[0].images)
     if found < batch_size:

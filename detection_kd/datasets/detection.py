@@ -1,7 +1,7 @@
 """Images and boxes of a detection set as training samples and padded batches.
 
-A sample depends on (seed, epoch, index) alone: a resumed run and a run on more processes or workers
-see the same pixels.
+A sample depends on (seed, epoch, index, how often it came before in the epoch) alone: a resumed run
+and a run on more processes or workers see the same pixels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
@@ -92,7 +93,8 @@ def normalise(
 
 
 class DetectionDataset(Dataset[DetectionSample]):
-    """Transformed images of one epoch.
+    """Transformed images of one epoch; numbers from the size of the set on are further repeats of
+    its images, transformed otherwise.
 
     Args:
         records: images and boxes; crowd regions are left out of the samples.
@@ -113,11 +115,12 @@ class DetectionDataset(Dataset[DetectionSample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> DetectionSample:
+    def __getitem__(self, number: int) -> DetectionSample:
         from torchvision import tv_tensors  # a while to load
         from torchvision.transforms.v2 import functional as F
         from torchvision.tv_tensors import BoundingBoxFormat
 
+        index = number % len(self.records)
         record = self.records[index]
         image = tv_tensors.Image(F.pil_to_tensor(read_image(record)))
         kept = ~record.crowd
@@ -130,7 +133,7 @@ class DetectionDataset(Dataset[DetectionSample]):
             "labels": torch.from_numpy(record.labels[kept]),
         }
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * 100_003 + self.epoch) * 1_000_003 + index) % 2**63)
+            torch.manual_seed(((self.seed * 100_003 + self.epoch) * 1_000_003 + number) % 2**63)
             image, target = self.transform(image, target)
         height, width = image.shape[-2:]
         boxes = F.convert_bounding_box_format(
@@ -180,15 +183,74 @@ def collate(samples: list[DetectionSample], pad_to: int = 0) -> DetectionBatch:
 
 
 def draw_epoch_indices(
-    images: int, batch_size: int, seed: int, epoch: int, rank: int = 0, processes: int = 1
+    images: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    processes: int = 1,
+    repeats: np.ndarray | None = None,
 ) -> list[int]:
     """This process's share of an epoch's shuffled images; the union over processes of each step is
     the same global batch.
 
     The images that do not fill a last batch are left to other epochs, as published.
+
+    Args:
+        images: in the set.
+        batch_size: images per step over all processes.
+        seed: of the run.
+        epoch: how many came before.
+        rank, processes: this process, and how many there are.
+        repeats: how often each image is met, from `find_repeats`; None: once.
     """
-    order = torch.randperm(images, generator=epoch_generator(seed, epoch)).tolist()
-    return order[: images // batch_size * batch_size][rank::processes]
+    generator = epoch_generator(seed, epoch)
+    order = torch.randperm(images, generator=generator).tolist()
+    if repeats is not None:
+        order = draw_repeats(repeats, order, generator)
+    return order[: len(order) // batch_size * batch_size][rank::processes]
+
+
+def draw_repeats(repeats: np.ndarray, order: list[int], generator: torch.Generator) -> list[int]:
+    """The images of an epoch in which each is met as often as `repeats` says, on average.
+
+    An epoch has the whole part of the sum of `repeats` as its length, whatever is drawn, so that
+    the learning rate's schedule knows it. The k-th repeat of image i is number i + k * images.
+    """
+    start = float(torch.rand((), generator=generator, dtype=torch.float64))
+    ends = np.floor(np.cumsum(repeats[order]) + start).astype(np.int64)
+    times = np.diff(ends, prepend=0)
+    numbers = [
+        image + len(order) * repeat
+        for image, count in zip(order, times.tolist(), strict=True)
+        for repeat in range(count)
+    ]
+    shuffled = torch.randperm(len(numbers), generator=generator).tolist()
+    return [numbers[place] for place in shuffled][: int(repeats.sum())]
+
+
+def find_repeats(records: Sequence[ImageRecord], threshold: float) -> np.ndarray | None:
+    """How often an epoch meets each image, so that rare classes are not drowned.
+
+    Source: repeat factor sampling of LVIS (Gupta et al., CVPR 2019, arXiv:1908.03195, section 3.2):
+    max over the classes c in the image of max(1, sqrt(threshold / f_c)), where f_c is the share of
+    the images that hold class c; 1 without boxes. Difference: an epoch's length is fixed.
+
+    Args:
+        records: the training images; crowd regions do not count.
+        threshold: share of the images below which a class is rare; 0: None is returned.
+
+    Raises:
+        UserError: no share.
+    """
+    if not 0 <= threshold <= 1:
+        raise UserError(f"repeat_threshold={threshold:g}: expected a share of the images, 0 to 1")
+    if not threshold:
+        return None
+    held = [np.unique(record.labels[~record.crowd]) for record in records]
+    counts = np.bincount(np.concatenate(held))
+    factors = np.sqrt(threshold * len(records) / np.maximum(counts, 1)).clip(min=1.0)
+    return np.array([factors[labels].max(initial=1.0) for labels in held])
 
 
 def make_loader(
@@ -223,6 +285,7 @@ def make_training_loader(
     seed: int,
     epoch: int,
     workers: int,
+    repeats: np.ndarray | None = None,
 ) -> DataLoader[Any]:
     """Load this process's batches of one epoch, augmented.
 
@@ -235,9 +298,15 @@ def make_training_loader(
         seed: seed of the run.
         epoch: how many epochs came before this one.
         workers: processes that load images.
+        repeats: how often each image is met, from `find_repeats`; None: once.
+
+    Raises:
+        UserError: a strength of the stain augmentation that makes no sense.
     """
     from detection_kd.datasets.transforms import make_train_transform  # a while to load
 
+    if not 0 <= sizes.stain < 1:
+        raise UserError(f"augmentation.stain={sizes.stain:g}: expected 0 <= stain < 1")
     low, high = sizes.crop_range
     transform = make_train_transform(
         sizes.sizes,
@@ -245,9 +314,11 @@ def make_training_loader(
         crop_sizes=sizes.crop_sizes,
         crop_range=(low, high),
         symmetry=sizes.symmetry,
+        stain=sizes.stain,
     )
     dataset = DetectionDataset(records, transform, seed, epoch)
-    indices = draw_epoch_indices(len(dataset), batch_size, seed, epoch, world.rank, world.size)
+    share_of = (world.rank, world.size)
+    indices = draw_epoch_indices(len(dataset), batch_size, seed, epoch, *share_of, repeats)
     pin = world.device.type == "cuda"
     return make_loader(dataset, indices, share, workers=workers, pad_to=sizes.pad_to, pin=pin)
 

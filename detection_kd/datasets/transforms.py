@@ -15,6 +15,8 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from patch_encoder.stain.augment import HedJitter
+
 
 class Transpose(v2.Transform):
     """Swap x and y; with both flips it makes all eight symmetries of the square."""
@@ -58,6 +60,29 @@ class RandomSizeCrop(v2.Transform):
         return _randint(min(self.low, side), min(self.high, side))
 
 
+class JitterStain(v2.Transform):
+    """Make haematoxylin, eosin and DAB of an image a little stronger or weaker (`HedJitter`).
+
+    Args:
+        strength: factors are 1 -+ strength, shifts -+ strength in optical density.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.jitter = HedJitter(strength, strength)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """A seed, drawn from the generator that all transforms of a sample draw from."""
+        return {"seed": int(torch.randint(2**62, ()))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Jitter images; boxes stay."""
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        generator = torch.Generator().manual_seed(params["seed"])
+        return tv_tensors.Image(self.jitter(inpt.as_subclass(torch.Tensor), generator))
+
+
 def _randint(low: int, high: int) -> int:
     """A random integer in [low, high]."""
     return int(torch.randint(low, high + 1, ()))
@@ -70,6 +95,7 @@ def make_train_transform(
     crop_sizes: Sequence[int] = (),
     crop_range: tuple[int, int] = (384, 600),
     symmetry: bool = False,
+    stain: float = 0.0,
 ) -> v2.Compose:
     """Published augmentation.
 
@@ -79,6 +105,7 @@ def make_train_transform(
         crop_sizes: short sides before the crop, px; empty: never crop.
         crop_range: smallest and largest side of the crop, px.
         symmetry: also flip upside down and rotate by 90 degrees.
+        stain: strength of `JitterStain`; 0: off.
     """
     steps: list[v2.Transform] = [v2.RandomHorizontalFlip()]
     if symmetry:
@@ -91,6 +118,8 @@ def make_train_transform(
         steps.append(v2.RandomChoice([resize, crop]))
     else:
         steps.append(resize)
+    if stain:
+        steps.append(JitterStain(stain))
     return v2.Compose([*steps, *_finish()])
 
 

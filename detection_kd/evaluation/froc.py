@@ -71,7 +71,7 @@ def match_detections(
 ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " m"]]:
     """`judge_detections`, and which of the image's boxes were found (a crowd region never is)."""
     kinds = np.full(len(prediction.scores), FALSE, np.int64)
-    overlaps, within = _overlaps(prediction.boxes, record.boxes)
+    overlaps, within = find_overlaps(prediction.boxes, record.boxes)
     same = prediction.labels[:, None] == record.labels[None, :]
     lesion = same & ~record.crowd[None, :] & (overlaps >= iou)
     kinds[(same & record.crowd[None, :] & (within >= iou)).any(1) | lesion.any(1)] = IGNORED
@@ -92,7 +92,7 @@ def find_operating_points(scores: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     return np.pad(np.concatenate([false, hits]), ((0, 0), (1, 0)))
 
 
-def _overlaps(
+def find_overlaps(
     boxes: Float[np.ndarray, "n 4"], targets: Float[np.ndarray, "m 4"]
 ) -> tuple[Float[np.ndarray, "n m"], Float[np.ndarray, "n m"]]:
     """IoU of every pair, and the share of each box that lies in each target."""

@@ -20,6 +20,7 @@ from detection_kd.fields.field_tiles import FieldTiles
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, sha256_bytes, sha256_file, write_csv, write_json
 from wsi_common.provenance import as_stored, differences
+from wsi_common.shared_weights import digest_weights_file
 
 COLUMNS = ("sample", "label", "score", "keep", "weight", "new_label", "reason")
 REMEDY = "run filter_samples again, with overwrite=true"
@@ -100,7 +101,7 @@ def read_kept(path: Path, tiles: FieldTiles) -> FieldTiles:
 def check_teachers(path: Path, teachers: Mapping[str, str]) -> None:
     """Refuse a table whose teacher was trained again since; one that was moved is not missed."""
     for teacher, digest in teachers.items():
-        if Path(teacher).is_file() and sha256_file(teacher) != digest:
+        if Path(teacher).exists() and digest_weights_file(teacher) != digest:
             raise UserError(
                 f"{path}: the teacher {teacher} has changed since this table was made; {REMEDY}"
             )
@@ -108,4 +109,4 @@ def check_teachers(path: Path, teachers: Mapping[str, str]) -> None:
 
 def digest_teachers(teachers: Sequence[str]) -> dict[str, str]:
     """Path -> digest of the checkpoints that score tiles."""
-    return {str(Path(teacher).resolve()): sha256_file(teacher) for teacher in teachers}
+    return {str(Path(teacher).resolve()): digest_weights_file(teacher) for teacher in teachers}

@@ -17,10 +17,17 @@ from jaxtyping import Bool, Int
 
 from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.evaluation.coco_metrics import Prediction
-from detection_kd.evaluation.froc import FALSE, HIT, judge_detections, match_detections
+from detection_kd.evaluation.froc import (
+    FALSE,
+    HIT,
+    find_overlaps,
+    judge_detections,
+    match_detections,
+)
 from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
+BACKGROUND = "background"  # in a confusion matrix: nothing there, or nothing found
 DEFAULT_MIN_SCORE = 0.3  # of detectors that no validation has chosen one for
 
 
@@ -136,6 +143,46 @@ def count_hits(judged: list[JudgedImage], categories: list[str]) -> dict[str, di
             row["misses"] += int((image.missed & (annotated == index)).sum())
             row["false_positives"] += int(((image.kinds == FALSE) & (detected == index)).sum())
     return table
+
+
+def count_confusions(
+    judged: list[JudgedImage], categories: list[str], iou: float
+) -> Int[np.ndarray, "rows columns"]:
+    """Annotated class by detected class, with background as the last row and the last column.
+
+    Hits stand on the diagonal, as `count_hits` counts them. A missed box that a false positive of
+    another class overlaps enough is confused with that class; the highest score takes its best
+    box first, and each box is taken once. What is left was missed (last column) or made up (last
+    row).
+
+    Args:
+        judged: from `judge_set`.
+        categories: class names.
+        iou: overlap from which on a box is the same object.
+    """
+    background = len(categories)
+    counts = np.zeros((background + 1, background + 1), np.int64)
+    for image in judged:
+        np.add.at(counts, (image.record.labels[image.found],) * 2, 1)
+        called = _call_missed(image, iou)
+        missed = np.flatnonzero(image.missed)
+        detected = np.append(image.prediction.labels, background)  # -1: nothing was found there
+        np.add.at(counts, (image.record.labels[missed], detected[called[missed]]), 1)
+        made_up = np.setdiff1d(np.flatnonzero(image.kinds == FALSE), called)
+        np.add.at(counts, (background, image.prediction.labels[made_up]), 1)
+    return counts
+
+
+def _call_missed(image: JudgedImage, iou: float) -> Int[np.ndarray, " m"]:
+    """Number of the false positive that lies on each missed box, -1 where none does."""
+    overlaps, _ = find_overlaps(image.prediction.boxes, image.record.boxes)
+    called, free = np.full(len(image.record.boxes), -1), image.missed.copy()
+    for index in np.argsort(-image.prediction.scores, kind="stable"):
+        candidates = np.where(free & (overlaps[index] >= iou), overlaps[index], -1.0)
+        if image.kinds[index] == FALSE and candidates.size and candidates.max() >= 0:
+            called[candidates.argmax()] = index
+            free[candidates.argmax()] = False
+    return called
 
 
 def choose_images(judged: list[JudgedImage], number: int, seed: int = 0) -> list[JudgedImage]:

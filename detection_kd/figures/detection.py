@@ -1,18 +1,23 @@
-"""Figures of a detector's quality: precision-recall and FROC curves, and examples."""
+"""Figures of a detector's quality: precision-recall and FROC curves, confusions, and examples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from detection_kd.datasets.coco import DetectionSet
 from detection_kd.evaluation.coco_metrics import RECALLS, Prediction, precision_recall
 from detection_kd.evaluation.froc import RATES, compute_froc_curve
-from detection_kd.evaluation.operating_point import choose_images, judge_set
+from detection_kd.evaluation.operating_point import (
+    BACKGROUND,
+    choose_images,
+    count_confusions,
+    judge_set,
+)
 from detection_kd.figures.overlays import write_overlays
 from wsi_common.figures import PALETTE, line_style, new_figure, save_figure, styled
 
@@ -36,16 +41,17 @@ def write_detection_figures(
     score: float = 0.3,
     overlays: int = 12,
 ) -> None:
-    """Write `precision_recall.png`, `froc.png` and `overlays/<image id>.jpg`; overlays of earlier
-    runs go.
+    """Write `precision_recall.png`, `froc.png`, `confusion.png` and `overlays/<image id>.jpg`;
+    overlays of earlier runs go.
 
     Args:
         folder: where to.
         annotated: images with boxes.
         predictions: one entry per image; an image without entry counts as without detections.
         max_detections: detections per image that count for precision and recall.
-        iou: overlap from which on a box has found a lesion, in `froc.png` and in the overlays.
-        score: detections below it are not drawn in the overlays.
+        iou: overlap from which on a box has found a lesion, in `froc.png`, `confusion.png` and in
+            the overlays.
+        score: detections below it are neither counted as confusions nor drawn in the overlays.
         overlays: images to draw, see `choose_images`.
     """
     folder = Path(folder)
@@ -59,7 +65,11 @@ def write_detection_figures(
     )
     for old in (folder / "overlays").glob("*.jpg"):
         old.unlink()
-    chosen = choose_images(judge_set(annotated, predictions, score, iou), overlays)
+    judged = judge_set(annotated, predictions, score, iou)
+    confusions = count_confusions(judged, annotated.categories, iou)
+    figure = draw_confusion(confusions, annotated.categories, iou, score)
+    save_figure(figure, folder / "confusion.png")
+    chosen = choose_images(judged, overlays)
     write_overlays(folder / "overlays", chosen, annotated.categories, score)
 
 
@@ -189,4 +199,38 @@ def draw_froc(
     )
     axes.set_title(f"FROC {np.mean(values):.3f}: mean of the six marked rates, IoU {iou:g}", pad=12)
     axes.grid()
+    return figure
+
+
+@styled()
+def draw_confusion(
+    counts: Int[np.ndarray, "rows columns"], categories: Sequence[str], iou: float, score: float
+) -> Figure:
+    """Draw counts of annotated (rows) by detected class (columns), coloured by their share of
+    the row.
+
+    Args:
+        counts: from `count_confusions`; background is last.
+        categories: class names.
+        iou, score: that decided the counts, for the title.
+    """
+    names = [name if len(name) <= 24 else name[:22] + ".." for name in (*categories, BACKGROUND)]
+    side = 1.6 + 0.62 * len(names)
+    figure = new_figure(side + 1.6, side + 1.0)
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        if row == column == len(categories):
+            text, colour = "", MEAN  # nobody counts where nothing is and nothing was found
+        else:
+            text, colour = str(count), "white" if shares[row, column] > 0.6 else MEAN
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+    shown = [name.replace("$", r"\$") for name in names]
+    axes.set_xticks(range(len(names)), shown, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), shown)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xlabel="detected", ylabel="annotated")
+    axes.set_title(f"boxes, IoU {iou:g}, scores from {score:.2g}", pad=10)
     return figure

@@ -55,8 +55,8 @@ def read_geojson_points(
         UserError: no files there, one that is no GeoJSON, has other shapes or classes, or whose
             image is missing.
     """
-    files = _find_files(annotations)
-    pictures = {} if images is None else _find_images(images)
+    files = find_files(annotations)
+    pictures = {} if images is None else find_images(images)
     fields = []
     for field_id, path in sorted(files.items()):
         document = read_json(path, "GeoJSON")
@@ -88,7 +88,8 @@ def read_geojson_points(
     return fields
 
 
-def _find_files(annotations: Path) -> dict[str, Path]:
+def find_files(annotations: Path) -> dict[str, Path]:
+    """Field id -> GeoJSON file, of one file or of a folder of them."""
     if annotations.is_file():
         return {annotations.stem: annotations}
     files = {}
@@ -104,7 +105,7 @@ def _find_files(annotations: Path) -> dict[str, Path]:
     return files
 
 
-def _find_images(folder: Path) -> dict[str, Path]:
+def find_images(folder: Path) -> dict[str, Path]:
     """Field id -> image, at any depth below the folder."""
     endings = SLIDE_SUFFIXES | PICTURE_SUFFIXES
     return {

@@ -57,9 +57,9 @@ class MitosisSetKeys:
     )
     splits: str = key(
         "",
-        "table case,split, the name of a published split (see configs/uts/splits), or "
-        "scanner:<name>, whose cases are the test; empty: the split column of cases, or drawn by "
-        "case",
+        "table case,split, the name of a published split (midog21_uts, midogpp, "
+        "mitos_atypia14_uts, tupac16_uts), or scanner:<name>, whose cases are the test; "
+        "empty: the split column of cases, or drawn by case",
     )
     first_index: int = key(
         0, "index of an image's first pixel in the annotated positions, 0 or 1", least=0

@@ -1,8 +1,9 @@
 """Training, validation and test fields by case, so that no patient is on two sides.
 
-A split is a table `case,split` (train, val or test). Published ones stand in `configs/uts/splits`
-and are known by name; `scanner:<name>` holds the cases of one scanner out for the test. Without
-either, cases are drawn so that every scanner is on every side as far as its number of cases allows.
+A split is a table `case,split` (train, val or test). Published ones stand in `published_splits/`
+beside this file and are known by name; `scanner:<name>` holds the cases of one scanner out for the
+test. Without either, cases are drawn so that every scanner is on every side as far as its number of
+cases allows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from wsi_common.errors import UserError, did_you_mean
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 HELD_OUT = "scanner:"
-PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "uts" / "splits"
+PUBLISHED = Path(__file__).parent / "published_splits"
 
 
 def read_sides(keys: MitosisSetKeys, seed: int, sides: Sequence[str]) -> list[PointSet]:

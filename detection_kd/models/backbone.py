@@ -12,12 +12,19 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from detection_kd.models.given_trunk import (
+    GIVEN,
+    GivenTrunk,
+    build_named_trunk,
+    fill_given_trunk,
+    is_given,
+)
 from detection_kd.models.trunk_names import find_trunk
 from patch_encoder.models.encoder_table import IMAGENET
 from wsi_common.checkpoint import (
@@ -29,6 +36,7 @@ from wsi_common.checkpoint import (
 )
 from wsi_common.errors import UserError, did_you_mean
 
+Trunk = Union["Backbone", GivenTrunk]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 NORMS = (
     # batch norm keeps statistics and affine parameters of the given weights, as published
@@ -239,7 +247,32 @@ def _within(module: str, stage: str) -> bool:
     return module == stage or module.startswith(stage + "_")
 
 
-def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
+def build_trunk(
+    name: str, norm: str, dilation: bool = False, settings: dict[str, Any] | None = None
+) -> Trunk:
+    """A trunk with random weights: timm's, or by `torchvision:<model>` and `transformers:<model>`.
+
+    Args:
+        name, norm, dilation: as for `Backbone`.
+        settings: what a checkpoint says of a trunk of transformers.
+
+    Raises:
+        UserError: no such model, or no maps of strides 8, 16 and 32 px.
+    """
+    if not is_given(name):
+        return Backbone(name, norm, dilation)
+    if dilation:
+        raise UserError(f"dilation=true: expected a backbone of timm with it, found '{name}'")
+    return build_named_trunk(name, norm, settings=settings)
+
+
+def rebuild_trunk(description: dict[str, Any]) -> Trunk:
+    """The trunk that `describe` was called on, with random weights."""
+    dilation, settings = description.get("dilation", False), description.get("settings")
+    return build_trunk(description["name"], description["norm"], dilation, settings)
+
+
+def load_backbone(path: str | Path) -> tuple[Trunk, dict[str, Any]]:
     """The trained trunk of a detector, for use as a fixed feature extractor.
 
     A trunk trained with batch norm comes back with the statistics frozen (norm "frozen"): the same
@@ -259,7 +292,7 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     weights = read_trunk_weights(content)
     described = _description(content, weights, path)
     norm = "group" if described["norm"] == "group" else "frozen"
-    backbone = Backbone(described["name"], norm, described.get("dilation", False))
+    backbone = rebuild_trunk(described | {"norm": norm})
     fill_weights(backbone, weights, str(path))
     return backbone, backbone.describe()
 
@@ -304,6 +337,8 @@ def read_trunk_weights(content: Any) -> dict[str, Tensor]:
     ours; see `trunk_names`.
     """
     weights = content if isinstance(content, dict) else {}
+    if (given := _read_given_weights(weights)) is not None:
+        return given
     for wrapper in ("model", "state_dict"):  # ours and detectron2's; MMDetection's and Lightning's
         weights = weights[wrapper] if isinstance(weights.get(wrapper), dict) else weights
     if (trunk := find_trunk(weights)) is not None:
@@ -318,18 +353,52 @@ def read_trunk_weights(content: Any) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if not name.startswith("fc.")}
 
 
-def fill_weights(backbone: Backbone, weights: dict[str, Tensor], source: str) -> None:
+def _read_given_weights(content: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The trunk's weights of a checkpoint whose trunk is a `GivenTrunk`, by its own names; None for
+    every other file.
+    """
+    config = content.get("config")
+    described = config.get("backbone", config) if isinstance(config, dict) else {}
+    if not (isinstance(described, dict) and is_given(str(described.get("name", "")))):
+        return None
+    kept = {name.removeprefix("backbone."): value for name, value in content["model"].items()}
+    return {name: value for name, value in kept.items() if name.startswith("body.")}
+
+
+def fill_weights(backbone: Trunk, weights: dict[str, Tensor], source: str) -> None:
     """Load weights of the same architecture; the count of batches that batch norm keeps is dropped
     or set to 0 as needed.
 
     Raises:
         UserError: weights of another architecture.
     """
+    if isinstance(backbone, GivenTrunk):
+        fill_given_trunk(backbone, weights, source)
+        return
     kept = {
         name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")
     }
     counts = [name for name, _ in backbone.named_buffers() if name.endswith("num_batches_tracked")]
     load_weights(backbone, kept | {name: torch.tensor(0) for name in counts}, source)
+
+
+def fill_pretrained(trunk: Trunk, source: str) -> None:
+    """Give a trunk the weights of the hub or of a file, as for `build_pretrained`; one that was
+    given as an object keeps its own where the source is the hub.
+
+    Raises:
+        UserError: weights that cannot be had, or of another architecture.
+    """
+    if not isinstance(trunk, GivenTrunk):
+        given = build_pretrained(trunk.name, trunk.norm, trunk.dilation, source)
+        trunk.load_state_dict(given.state_dict())
+    elif source != HUB:
+        content = read_weights(source, "weights of a trunk")
+        given_weights = _read_given_weights(content) or content.get("state_dict", content)
+        fill_given_trunk(trunk, given_weights, source)
+    elif trunk.name != GIVEN:
+        given = build_named_trunk(trunk.name, trunk.norm, pretrained=True)
+        fill_given_trunk(trunk, given.body.state_dict(), trunk.name)
 
 
 def build_pretrained(name: str, norm: str, dilation: bool, source: str) -> Backbone:

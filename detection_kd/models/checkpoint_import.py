@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detection_kd.models.backbone import HUB, STAGES, build_pretrained, read_trunk_weights
+from detection_kd.models.backbone import HUB, STAGES, fill_pretrained, read_trunk_weights
 from detection_kd.models.deformable_detr import DeformableDETR
 from wsi_common.checkpoint import load_weights, read_weights
 from wsi_common.errors import UserError
@@ -188,8 +188,7 @@ def load_initial_weights(
         raise UserError("weights= and detector= are both given: expected one of them")
     trunk = model.backbone
     if weights or (pretrained and not detector):
-        given = build_pretrained(trunk.name, trunk.norm, trunk.dilation, weights or HUB)
-        trunk.load_state_dict(given.state_dict())
+        fill_pretrained(trunk, weights or HUB)
     if detector:
         fresh = load_published(model, detector, categories)
         but = f" but for {', '.join(fresh)}" if fresh else ""

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detection_kd.models.backbone import Backbone
+from detection_kd.models.backbone import Trunk, rebuild_trunk
 from detection_kd.models.deformable_transformer import (
     Architecture,
     DeformableTransformer,
@@ -81,7 +81,7 @@ class DeformableDETR(nn.Module):
         UserError: settings that no network can have.
     """
 
-    def __init__(self, backbone: Backbone, classes: int, architecture: Architecture) -> None:
+    def __init__(self, backbone: Trunk, classes: int, architecture: Architecture) -> None:
         super().__init__()
         a = architecture
         _check(a)
@@ -207,16 +207,24 @@ def describe_detector(model: DeformableDETR, categories: list[str]) -> dict[str,
     }
 
 
-def build_detector(description: dict[str, Any]) -> DeformableDETR:
-    """A detector with fresh weights from its description."""
-    backbone = Backbone.from_description(description["backbone"])
+def build_detector(description: dict[str, Any], trunk: Trunk | None = None) -> DeformableDETR:
+    """A detector with fresh weights from its description; `trunk`: where it was given as an object,
+    which no description builds.
+    """
+    backbone = trunk or rebuild_trunk(description["backbone"])
     return DeformableDETR(
         backbone, len(description["categories"]), Architecture(**description["architecture"])
     )
 
 
-def load_detector(path: str | Path) -> tuple[DeformableDETR, dict[str, Any]]:
+def load_detector(
+    path: str | Path, trunk: Trunk | None = None
+) -> tuple[DeformableDETR, dict[str, Any]]:
     """A detector and its description (`categories`, ...) from its checkpoint alone.
+
+    Args:
+        path: the checkpoint.
+        trunk: the trunk of a detector that was trained on a given object, with any weights.
 
     Raises:
         UserError: no detector checkpoint.
@@ -227,7 +235,7 @@ def load_detector(path: str | Path) -> tuple[DeformableDETR, dict[str, Any]]:
         raise UserError(
             f"{path}: expected a detector checkpoint (kind deformable_detr), found kind {kind!r}"
         )
-    model = build_detector(content["config"])
+    model = build_detector(content["config"], trunk)
     load_weights(model, content["model"], str(path))
     return model, content["config"]
 

@@ -32,7 +32,12 @@ class MSDeformAttn(DeformAttnLayer):
         heads: attention heads.
         levels: feature levels.
         points: sampled positions per head and level.
+
+    Attributes:
+        attend: the operator; an export puts `ops.gather` in its place.
     """
+
+    attend = staticmethod(ms_deform_attn)
 
     def forward(
         self,
@@ -60,7 +65,7 @@ class MSDeformAttn(DeformAttnLayer):
         weights = self.attention_weights(query).to(reference_points.dtype)
         weights = weights.view(batch, queries, self.heads, self.levels * self.points).softmax(-1)
         weights = weights.view(batch, queries, self.heads, self.levels, self.points)
-        return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+        return self.output_proj(self.attend(value, spatial_shapes, locations, weights))
 
     def sampling_locations(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detection_kd.models.adapter import Adapter
-from detection_kd.models.backbone import Backbone
+from detection_kd.models.backbone import Trunk, rebuild_trunk
 from detection_kd.models.pooling import StagePooling
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder, ToInputSize, digest_weights
@@ -48,7 +48,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Trunk,
         stages: int | Sequence[int],
         adapter: str,
         dim: int,
@@ -222,7 +222,7 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
             f"{path}: expected a D2VFM checkpoint (config.student), found keys "
             f"{sorted(content['config'])[:6]}"
         )
-    backbone = Backbone.from_description(config["backbone"])
+    backbone = rebuild_trunk(config["backbone"])
     student = Student(
         backbone,
         config["stages"],

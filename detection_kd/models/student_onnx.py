@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,12 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from detection_kd.models.onnx_export import (
+    export_error,
+    export_program,
+    import_onnx,
+    save_with_note,
+)
 from detection_kd.models.student import load_student_encoder
 from patch_encoder.extraction.network import fold_batch_norms
 from patch_encoder.models.encoders import Encoder
@@ -35,25 +40,12 @@ from wsi_common.errors import UserError
 from wsi_common.files import read_json, safe_id, sha256_file
 
 logger = logging.getLogger(__name__)
-OPSET = 20
+OUTPUTS = ("features",)
 KEY = "d2vfm"  # metadata of the file: what it is, as JSON
 RECORD = "export.json"
 FILES = {"onnx": "student.onnx", "int8": "student_int8.onnx"}
 NOTED = {"form", "dim", "encoder", "transform"}
 PASSES_MAPS_ON = ("Relu", "Clip", "MaxPool", "Add")
-
-
-def import_onnx() -> Any:
-    """The package and its exporter, or one line that says how to get them."""
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError as error:
-        raise UserError(
-            f"export: expected the packages onnx and onnxscript, found no {error.name}; "
-            "pip install 'onnx>=1.18,<2' 'onnxscript>=0.5,<1'"
-        ) from None
-    return onnx
 
 
 def export_onnx(
@@ -70,10 +62,10 @@ def export_onnx(
     Raises:
         UserError: packages missing, or a module that torch cannot export.
     """
-    onnx = import_onnx()
+    import_onnx()
     folded = fold_batch_norms(module, tiles[:2])
     try:
-        model = _program(folded, tiles[:2], (0, 2, 3))
+        model = export_program(folded, tiles[:2], (0, 2, 3), OUTPUTS)
     except torch.onnx.OnnxExporterError:
         logger.info(
             "export: this student resizes its tiles (input_scale), so its files take tiles of "
@@ -81,51 +73,15 @@ def export_onnx(
             *tiles.shape[2:],
         )
         model = _fixed_size(folded, tiles[:2])
-    _strip(model)
-    onnx.helper.set_model_props(model, {KEY: json.dumps(note, sort_keys=True)})
-    onnx.save(model, str(path))
+    save_with_note(model, path, KEY, note)
 
 
 def _fixed_size(module: nn.Module, tiles: Tensor) -> Any:
     """What resizes (input_scale) is exported for one tile size."""
     try:
-        return _program(module, tiles, (0,))
+        return export_program(module, tiles, (0,), OUTPUTS)
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(
-            f"export: torch cannot export this student to ONNX: {reason[:200]}"
-        ) from None
-
-
-@torch.no_grad()
-def _program(module: nn.Module, tiles: Tensor, free: tuple[int, ...]) -> Any:
-    """The exported model, with these dimensions of its input free."""
-    sizes = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations between torch and its exporter
-        program = torch.onnx.export(
-            module, (tiles,), dynamo=True, dynamic_shapes=(sizes,), opset_version=OPSET,
-            verbose=False,
-            input_names=["pixels"], output_names=["features"],
-        )  # fmt: skip
-    assert program is not None
-    return program.model_proto
-
-
-def _strip(model: Any) -> None:
-    """Remove names of the exporting machine's files, so that one student gives one file."""
-    graph = model.graph
-    for part in (
-        model,
-        graph,
-        *graph.node,
-        *graph.input,
-        *graph.output,
-        *graph.value_info,
-        *graph.initializer,
-    ):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
+        raise export_error(error, "student") from None
 
 
 def find_feature_map_nodes(graph: Any) -> list[str]:
@@ -196,9 +152,7 @@ def quantise(
         )  # fmt: skip
     finally:
         root.setLevel(level)
-    model = onnx.load(str(path))
-    onnx.helper.set_model_props(model, {KEY: json.dumps(note, sort_keys=True)})
-    onnx.save(model, str(path))
+    save_with_note(onnx.load(str(path)), path, KEY, note)
 
 
 def read_note(path: str | Path) -> dict[str, Any]:

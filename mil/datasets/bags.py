@@ -37,12 +37,14 @@ class Sample:
         bag: features and coords, in memory or on disk.
         target: as mil.tasks has it: a class, or a vector.
         stratum: the class that balanced sampling sees where the target is no class.
+        covariates: (V,) encoded, for models that are fused with them.
     """
 
     slide_id: str
     bag: Bag
     target: int | Tensor
     stratum: int = 0
+    covariates: Tensor | None = None
 
     def load(self, tiles: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features, as they are stored, and coords; of the given tiles only, or of all."""

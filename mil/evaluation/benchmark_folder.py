@@ -9,17 +9,20 @@ run they hold.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mil.datasets.splits import PROTOCOLS
 from mil.tasks.base import Task
 from mil.tasks.table import TASKS
-from wsi_common.errors import UserError
+from wsi_common.errors import UserError, did_you_mean
 from wsi_common.files import read_json
+
+logger = logging.getLogger(__name__)
 
 NEEDED = ("feature_sets", "models", "classes", "headline", "features", "features_beside")
 
@@ -105,3 +108,54 @@ def run_folders(
         if (seeds is None or seed in seeds) and (folds is None or fold in folds):
             found.append((seed, fold, results.parent))
     return [folder for _, _, folder in sorted(found)]
+
+
+class ChosenRuns(NamedTuple):
+    """The finished runs of one feature set and model of a benchmark, by training seed."""
+
+    summary: dict[str, Any]
+    task: Task
+    feature_set: str
+    model: str
+    by_seed: dict[int, list[Path]]
+
+
+def choose_runs(folder: Path, feature_set: str, model: str, seed: int | None) -> ChosenRuns:
+    """Find the runs of a model on a feature set, of one seed or of all (None).
+
+    Args:
+        folder: of the benchmark.
+        feature_set: empty: the one with the best headline metric.
+        model: empty: the benchmark's headline.
+        seed: training seed.
+
+    Raises:
+        UserError: an unknown name, or no finished run.
+    """
+    summary = read_summary(folder)
+    task, sets = read_task(summary), list(summary["feature_sets"])
+    chosen = _choose_name("model", model, summary["models"], summary["headline"])
+    best = choose_feature_set(summary, chosen, task)
+    name = _choose_name("feature_set", feature_set, sets, best)
+    if not feature_set and len(sets) > 1:
+        line = "%s: feature set %s, the best by %s of %s; feature_set= takes another"
+        logger.info(line, folder, name, task.title(task.headline), ", ".join(sets))
+    by_seed: dict[int, list[Path]] = {}
+    for path in run_folders(folder, summary, name, chosen):  # seed<seed>_fold<fold>
+        number = int(path.name.removeprefix("seed").split("_")[0])
+        by_seed.setdefault(number, []).append(path)
+    if not by_seed or (seed is not None and seed not in by_seed):
+        raise UserError(
+            f"{folder / 'runs' / name / chosen}: expected finished runs"
+            f"{f' of seed {seed}' if seed is not None else ''}, found seeds {sorted(by_seed)}"
+        )
+    kept = by_seed if seed is None else {seed: by_seed[seed]}
+    return ChosenRuns(summary, task, name, chosen, kept)
+
+
+def _choose_name(key: str, asked: str, known: Sequence[str], default: str) -> str:
+    if asked and asked not in known:
+        raise UserError(
+            f"{key}={asked}: expected one of {', '.join(known)}; {did_you_mean(asked, known)}"
+        )
+    return asked or default

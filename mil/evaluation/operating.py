@@ -12,16 +12,19 @@ share of negative slides signed out, and the positives among them, which are mis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mil.evaluation.runs import FinishedRun
 from mil.tasks.classification import Predictions
 from mil.tasks.records import weights_or_ones
+from wsi_common.errors import UserError
 from wsi_common.metrics.ranking import ratio, sensitivity_on_curve, specificity_on_curve
 from wsi_common.metrics.run_bootstrap import bootstrap, interval_columns, summarise
 
 SENSITIVITY, SPECIFICITY = "sensitivity", "specificity"
+RULES = ("youden", SENSITIVITY, SPECIFICITY)
 
 
 @dataclass(frozen=True)
@@ -118,3 +121,24 @@ def _measure_where_chosen(val: Sequence[Predictions], cuts: Sequence[float]) -> 
     reached = [achieved(run, cut, np.ones((1, len(run.cases)))) for run, cut in pairs]
     means = {f"val_{name}": float(np.mean([r[name][0] for r in reached])) for name in reached[0]}
     return means | {"val_positives": float(np.mean([(run.targets == 1).sum() for run in val]))}
+
+
+def with_threshold(finished: Sequence[FinishedRun], rule: str, target: float) -> list[FinishedRun]:
+    """Runs of two classes whose cut reaches the target on their validation slides; those with rule
+    youden have it already.
+    """
+    if not 0 < target <= 1:
+        raise UserError(f"target={target}: expected a rate, 0 < target <= 1")
+    if rule == "youden":
+        return list(finished)
+    changed = []
+    for run in finished:
+        if run.val is None:
+            raise UserError(
+                f"threshold={rule}: expected validation slides (split val) of model {run.model}, "
+                "found none"
+            )
+        cut = threshold_for(Held(rule, target), run.val.targets == 1, run.val.probabilities[:, 1])
+        parts = {name: replace(getattr(run, name), threshold=cut) for name in ("test", "val")}
+        changed.append(replace(run, results={**run.results, "threshold": cut}, **parts))
+    return changed

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mil.datasets.bags import Sample
+from mil.datasets.covariates import encode_stored
 from mil.evaluation.runs import FinishedRun
 from mil.figures.report import mark_tiles
 from mil.tasks.base import Task
@@ -164,7 +165,9 @@ def make_example(
     device = torch.device("cpu")
     model, content = load_classifier(checkpoint, device)
     check_bag(choice.slide_id, open_bag(bag_file), content["config"])
-    attention = examine(model, Sample(choice.slide_id, bag, 0), device).attention.numpy()
+    covariates = encode_stored(content["config"], checkpoint, choice.slide_id)
+    sample = Sample(choice.slide_id, bag, 0, covariates=covariates)
+    attention = examine(model, sample, device).attention.numpy()
     rows, geometry = np.argsort(-attention, kind="stable")[:top], where.geometry
     with open_slide(slide_file, mpp, geometry.tile_pattern) as slide:
         overview = mark_tiles(

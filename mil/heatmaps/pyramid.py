@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import tifffile
 from jaxtyping import UInt8
-from PIL import Image
 
 from mil.heatmaps.drawing import Heat, blend
 from patch_encoder.demo.pyramid import halve
 from patch_encoder.slides.base import Slide
+from patch_encoder.slides.reduced_read import read_reduced
 from wsi_common.files import atomic_path
 from wsi_common.processes.pool import heartbeat
 
@@ -99,13 +99,7 @@ def _read_tile(slide: Slide | None, x: int, y: int, down: int) -> UInt8[np.ndarr
     heartbeat()
     if slide is None:
         return np.full((TILE, TILE, 3), 255, dtype=np.uint8)
-    level = max(i for i, each in enumerate(slide.downsamples) if i == 0 or each <= down * 1.01)
-    side = TILE * down / slide.downsamples[level]
-    block = slide.read(x, y, math.ceil(round(side, 6)), level)
-    if block.shape[0] == TILE:
-        return block
-    box = (0, 0, side, side)
-    return np.asarray(Image.fromarray(block).resize((TILE, TILE), Image.Resampling.BOX, box=box))
+    return read_reduced(slide, x, y, TILE, down)
 
 
 def _make_tiles(

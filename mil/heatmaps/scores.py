@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import nn
+from torch import Tensor, nn
 
 from mil.datasets.bags import Sample
 from mil.models.batch import forward_bags
@@ -81,6 +81,7 @@ def score_bag(
     value: str,
     class_name: str,
     device: torch.device,
+    covariates: Tensor | None = None,
 ) -> TileScores:
     """Score one bag; features are read block by block where the model allows it
     (mil/training/prediction.py).
@@ -93,6 +94,8 @@ def score_bag(
         value: one of VALUES; auto takes attention unless it is the same for every tile (Mean-MIL).
         class_name: class, label or grade of a probability; empty: the second of two classes, else
             the likeliest one.
+        device: of the model.
+        covariates: of the slide, encoded, for a model that is fused with them.
 
     Raises:
         UserError: unreadable bag, no coords or geometry, features or scores that are not finite.
@@ -100,7 +103,7 @@ def score_bag(
     bag = open_bag(bag_file, coords_file)
     coordinates = bag.coordinates()
     bag.check_finite()
-    sample = Sample(bag_file.stem, bag, 0)
+    sample = Sample(bag_file.stem, bag, 0, covariates=covariates)
     output = examine(model, sample, device)
     attention = output.attention.double().numpy()
     slide = task.predict(output.logits.double()[None])[0].numpy()
@@ -130,7 +133,8 @@ def score_tiles_alone(
         bags, places = list(block.to(device).float().split(1)), None
         if coords is not None:
             places = list(coords[start : start + len(block)].to(device).split(1))
-        found.append(task.predict(forward_bags(model, bags, places).logits.double()).cpu().numpy())
+        logits = forward_bags(model, bags, places, sample.covariates).logits.double()
+        found.append(task.predict(logits).cpu().numpy())
         start += len(block)
     return np.concatenate(found)
 

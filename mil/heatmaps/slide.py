@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mil.datasets.covariates import encode_stored
 from mil.heatmaps.drawing import Heat, add_frame, blend, draw_cover, draw_outlines, make_heat_layer
 from mil.heatmaps.gallery import choose_tiles, save_jpeg, write_gallery
 from mil.heatmaps.pyramid import write_heat_pyramid
@@ -79,8 +80,10 @@ def score_slide(
     check_bag(judged.slide_id, open_bag(inputs.bag), config)
     weights = next(model.parameters(), torch.empty(0))
     files, wanted = (inputs.bag, inputs.coords), (drawing.value, drawing.of_class)
-    scores = score_bag(model, task, *files, *wanted, weights.device)
-    _check_prediction(judged, scores, task, config["precision"])
+    covariates = encode_stored(config, judged.checkpoint, judged.slide_id)
+    scores = score_bag(model, task, *files, *wanted, weights.device, covariates)
+    if config["unit"] != "case":  # there the number is of all slides of the patient
+        _check_prediction(judged, scores, task, config["precision"])
     return scores
 
 

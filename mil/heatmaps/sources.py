@@ -8,30 +8,22 @@ models. Metrics of the cohort stay those of single runs.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mil.evaluation.benchmark_folder import (
-    choose_feature_set,
-    find_features,
-    read_summary,
-    read_task,
-    run_folders,
-)
+from mil.evaluation.benchmark_folder import choose_runs, find_features
 from mil.evaluation.runs import FinishedRun, read_side
 from mil.tasks.base import Task
+from mil.tasks.prediction_table import SLIDE_TABLE
 from mil.tasks.table import task_from_dict
 from wsi_common.checkpoint import load_checkpoint
-from wsi_common.errors import UserError, did_you_mean
+from wsi_common.errors import UserError
 from wsi_common.files import read_json
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,13 +105,17 @@ def read_run(folder: Path, split: str) -> tuple[Task, list[SlidePrediction], Fin
     run = read_side(folder, "", task, split)
     if run is None:
         return task, [], None
-    found = run.test
+    # of a run by case the slides are drawn, by what is predicted for each alone
+    alone = (folder / SLIDE_TABLE).is_file()
+    shown = read_side(folder, "", task, split, SLIDE_TABLE) if alone else run
+    assert shown is not None
+    found = shown.test
     numbers = map(tuple, task.values(found).tolist())
     columns = (task.label_texts(found), task.calls(found), numbers, task.places(found))
     shared = (found.fold, split, checkpoint, task.cuts(found))
     slides = [
         SlidePrediction(row["slide_id"], row["case_id"], *own, *shared, place)
-        for row, *own, place in zip(run.rows, *columns, strict=True)
+        for row, *own, place in zip(shown.rows, *columns, strict=True)
     ]
     return task, slides, run
 
@@ -154,44 +150,20 @@ def read_from_benchmark(
     slide stands there once. An empty `feature_set` is the one with the best headline metric, empty
     `features` are its bags.
     """
-    summary = read_summary(folder)
-    task, sets = read_task(summary), list(summary["feature_sets"])
-    chosen = _choose_name("model", model, summary["models"], summary["headline"])
-    best = choose_feature_set(summary, chosen, task)
-    name = _choose_name("feature_set", feature_set, sets, best)
-    if not feature_set and len(sets) > 1:
-        line = "heatmap: feature set %s, the best by %s of %s; feature_set= takes another"
-        logger.info(line, name, task.title(task.headline), ", ".join(sets))
-    grid = folder / "runs" / name / chosen
-    folders = run_folders(folder, summary, name, chosen)
-    by_seed: dict[int, list[Path]] = {}
-    for path in folders:  # seed<seed>_fold<fold>
-        by_seed.setdefault(int(path.name.removeprefix("seed").split("_")[0]), []).append(path)
-    seeds = sorted(by_seed)
-    if not folders or (seed is not None and seed not in seeds):
-        raise UserError(
-            f"{grid}: expected finished runs{f' of seed {seed}' if seed is not None else ''}, "
-            f"found seeds {seeds}"
-        )
-    first = seeds[0] if seed is None else seed
+    chosen = choose_runs(folder, feature_set, model, seed)
+    first = min(chosen.by_seed)
     tested: dict[str, list[SlidePrediction]] = {}
     runs: list[FinishedRun] = []
-    for path in by_seed[first]:
+    for path in chosen.by_seed[first]:
         _, found, run = read_run(path, "test")
         runs += [run] if run is not None else []
         for judged in found:
             tested.setdefault(judged.slide_id, []).append(judged)
     slides = [replace(found[0], others=tuple(found[1:])) for found in tested.values()]
-    title = f"{chosen} on {name}, seed {first}"
-    return Source(task, find_features(folder, summary, name, features), slides, runs, title)
-
-
-def _choose_name(key: str, asked: str, known: Sequence[str], default: str) -> str:
-    if asked and asked not in known:
-        raise UserError(
-            f"{key}={asked}: expected one of {', '.join(known)}; {did_you_mean(asked, known)}"
-        )
-    return asked or default
+    name = chosen.feature_set
+    title = f"{chosen.model} on {name}, seed {first}"
+    bags = find_features(folder, chosen.summary, name, features)
+    return Source(chosen.task, bags, slides, runs, title)
 
 
 def is_benchmark(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from mil.models.clam import CLAM
 from mil.models.deform_mil import DeformMIL
 from mil.models.dsmil import DSMIL
 from mil.models.dtfd import DTFD
+from mil.models.fusion import ALONE, Fused, NoTiles, check_fusion
 from mil.models.hipt import HIPT
 from mil.models.ilra import ILRA
 from mil.models.layers import Standardised
@@ -64,13 +65,17 @@ def build(
     *,
     standardize: bool = False,
     dropout: float = 0.25,
+    covariates: int = 0,
     **options: Any,
 ) -> nn.Module:
-    """A model by name for D = `dim` features and C = `classes` classes; `options` are its
-    constructor's.
+    """A model by name for D = `dim` features and C = `classes` classes, fused with `covariates`
+    encoded numbers of each slide where there are any; `options` are its constructor's.
     """
     model = _find_model(name)(dim, classes, dropout, **check_options(name, options))
     model = Standardised(model, dim) if standardize else model
+    if covariates:
+        check_fusion(name)
+        model = Fused(model, covariates, classes, dropout)
     model.register_forward_pre_hook(BagCheck(dim), with_kwargs=True)
     return model
 
@@ -81,6 +86,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_model(name: str) -> Callable[..., nn.Module]:
+    if name == ALONE:
+        return NoTiles
     if name not in MODELS:
         raise UserError(
             f"model '{name}': expected one of {', '.join(MODELS)}; {did_you_mean(name, MODELS)}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from mil.models.fusion import Fused
 from mil.models.layers import Standardised, inner_model
 from mil.models.output import Packed
 from wsi_common.errors import UserError
@@ -30,14 +31,21 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def forward_bags(
-    model: nn.Module, bags: Sequence[Tensor], coords: Sequence[Tensor | None] | None = None
+    model: nn.Module,
+    bags: Sequence[Tensor],
+    coords: Sequence[Tensor | None] | None = None,
+    covariates: Float[Tensor, "*b v"] | None = None,
 ) -> Packed:
     """The model on each of B bags (N_i, D) with coords (N_i, 2); packed where the model can.
+    Encoded covariates are those of all bags, (V,), or a row for each.
 
     Raises:
         UserError: no bags, one without a tile, or one without the coordinates that the model needs.
     """
     check_bags(bags)
+    if isinstance(model, Fused):
+        packed = forward_bags(model.model, bags, coords)
+        return packed._replace(logits=packed.logits + model.logits(covariates))
     bags = [cast_to_dtype(model, bag) for bag in bags]
     offsets = torch.tensor([0, *(len(bag) for bag in bags)], device=bags[0].device).cumsum(0)
     inner = inner_model(model)

@@ -123,16 +123,21 @@ class ClassQuery(nn.Module):
         self, x: Float[Tensor, "n dim"], position: Float[Tensor, "n dim"], bags: Sequence[int]
     ) -> tuple[Float[Tensor, "b dim"], list[Tensor]]:
         """One token a bag, and its attention over the bag's tiles, the mean over heads."""
-        query = self.query_proj(self.query).view(self.heads, -1)  # (heads, d)
-        keys = self.key_proj(x + position).unflatten(1, (self.heads, -1))  # (N, heads, d)
-        scores = (keys * query).sum(-1).float() / query.shape[1] ** 0.5  # (N, heads)
-        weights = [part.softmax(0) for part in scores.split(list(bags))]
+        weights = [part.softmax(0) for part in self.scores(x, position).split(list(bags))]
         values = self.value_proj(x).unflatten(1, (self.heads, -1)).split(list(bags))
         pooled = [
             torch.einsum("nh,nhd->hd", a.to(v.dtype), v).flatten() for a, v in zip(weights, values)
         ]
         token = self.norm1(self.query + self.output_proj(torch.stack(pooled)))
         return self.norm2(self.feed_forward(token)), [a.mean(1) for a in weights]
+
+    def scores(
+        self, x: Float[Tensor, "n dim"], position: Float[Tensor, "n dim"]
+    ) -> Float[Tensor, "n heads"]:
+        """What the query's heads make of each tile, before the softmax over a bag."""
+        query = self.query_proj(self.query).view(self.heads, -1)  # (heads, d)
+        keys = self.key_proj(x + position).unflatten(1, (self.heads, -1))  # (N, heads, d)
+        return (keys * query).sum(-1).float() / query.shape[1] ** 0.5
 
 
 class DeformMIL(nn.Module):

@@ -92,7 +92,18 @@ def segment_pool(
     )
 
 
-class Standardised(nn.Module):
+class Wrapper(nn.Module):
+    """A MIL model with something around it, which hands on what the engine asks of the model."""
+
+    model: Any  # any of MODELS; only Mean-MIL has score_tiles
+
+    def after_step(self, progress: float) -> None:
+        """As the model's, where it has a teacher or a schedule."""
+        if hasattr(self.model, "after_step"):
+            self.model.after_step(progress)
+
+
+class Standardised(Wrapper):
     """A MIL model behind (x - mean) / std; identity until `fit`.
 
     Args:
@@ -100,7 +111,6 @@ class Standardised(nn.Module):
         dim: feature width D.
     """
 
-    model: Any  # any of MODELS; only Mean-MIL has score_tiles
     mean: Tensor
     std: Tensor
 
@@ -139,15 +149,21 @@ class Standardised(nn.Module):
         """As the model's."""
         return self.model.score_tiles(self.standardised(features))
 
-    def after_step(self, progress: float) -> None:
-        """As the model's, where it has a teacher or a schedule."""
-        if hasattr(self.model, "after_step"):
-            self.model.after_step(progress)
-
 
 def inner_model(model: nn.Module) -> Any:
-    """The MIL model itself, without its standardisation."""
-    return model.model if isinstance(model, Standardised) else model
+    """The MIL model itself, without its covariates and its standardisation."""
+    while isinstance(model, Wrapper):
+        model = model.model
+    return model
+
+
+def find_standardised(model: nn.Module) -> Standardised | None:
+    """The standardisation around a MIL model; None where it has none."""
+    while isinstance(model, Wrapper):
+        if isinstance(model, Standardised):
+            return model
+        model = model.model
+    return None
 
 
 def _sum(bag: Bag, of: Callable[[Tensor], Tensor]) -> Float[Tensor, " d"]:

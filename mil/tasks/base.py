@@ -47,6 +47,8 @@ class Task:
     about: ClassVar[str]  # one line for --help
     options: ClassVar[tuple[str, ...]] = ()  # names of the TaskOptions that the task takes
     fewest_names: ClassVar[int] = 2  # columns prob_<name> that a table of predictions needs
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)  # of labels.csv
+    call_column: ClassVar[str] = "predicted"  # what a new slide is called; "": nothing is
     takes_grades: ClassVar[bool] = False
     stratified_by: ClassVar[str] = "class"
     # training
@@ -228,6 +230,43 @@ class Task:
         """Thresholds and the like from validation slides: fields of the predictions."""
         return {}
 
+    # ---- new slides
+
+    @property
+    def value_columns(self) -> tuple[str, ...]:
+        """Columns of predictions.csv with the numbers of `value_names`."""
+        return tuple(f"prob_{name}" for name in self.names)
+
+    def carry_over(self, val: Any) -> dict[str, Any]:
+        """What a model takes along to new slides from the predictions `val` on its validation
+        slides: cuts, temperature, the scale of its numbers. Those of several models are averaged
+        (`average_carried`).
+        """
+        return {}
+
+    def to_common_scale(self, values: Array, carried: Mapping[str, Any]) -> Array:
+        """(S, V) numbers of one model as those of several models can be averaged."""
+        return values
+
+    def calibrate(self, values: Array, carried: Mapping[str, Any]) -> Array | None:
+        """(S, V) calibrated probabilities; None where the task has no calibration."""
+        return None
+
+    def call_values(self, values: Array, carried: Mapping[str, Any]) -> list[str]:
+        """What slides are called whose numbers (S, V) are those of one model, or means of several
+        models' on their common scale.
+        """
+        raise NotImplementedError
+
+    def pool_slides(self, values: Float[Array, "s v"], how: str) -> Float[Array, " v"]:
+        """The numbers of a case from those of its slides: their mean, or with `max` those of the
+        slide that shows most.
+        """
+        return values.mean(0) if how == "mean" else self._take_highest(values)
+
+    def _take_highest(self, values: Float[Array, "s v"]) -> Float[Array, " v"]:
+        return values.max(0)
+
     # ---- evaluation
 
     def evaluate(self, run: Any, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -348,8 +387,17 @@ class NumberTask(Task):
     def needed_columns(self) -> tuple[str, ...]:
         return self.cell_names
 
+    call_column = ""
+
+    @property
+    def value_columns(self) -> tuple[str, ...]:
+        return self.value_names
+
     def calls(self, run: Any) -> list[str]:
         return [""] * len(run.cases)
+
+    def call_values(self, values: Array, carried: Mapping[str, Any]) -> list[str]:
+        return [""] * len(values)
 
     def likeliest(self, values: Float[np.ndarray, " v"]) -> str:
         return ""
@@ -366,3 +414,17 @@ def apply_cuts(task: Task, parts: Mapping[str, Any], known: Mapping[str, Any]) -
     cuts = task.choose_cuts(parts["val"]) if "val" in parts else {}
     cuts |= {name: known[name] for name in task.trained_cuts if name in known}
     return {name: replace(part, **cuts) for name, part in parts.items()}
+
+
+def average_carried(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several models carry over to new slides, averaged; None where one of them lacks it.
+
+    A slide is called by the mean over models of (number - cut), which is the mean number against
+    the mean cut.
+    """
+    names = each[0].keys()
+    known = {name: [carried[name] for carried in each] for name in names}
+    return {
+        name: None if any(value is None for value in values) else np.mean(values, axis=0)
+        for name, values in known.items()
+    }

@@ -26,7 +26,7 @@ from mil.tasks.prediction_table import check_names, read_probabilities
 from mil.tasks.records import FigureSpec, RunPredictions, TaskOptions
 from wsi_common.errors import UserError
 from wsi_common.metrics.agreement import kappa
-from wsi_common.metrics.calibration import calibration, fit_temperature
+from wsi_common.metrics.calibration import apply_temperature, calibration, fit_temperature
 from wsi_common.metrics.classification import (
     auc,
     auprc,
@@ -208,6 +208,25 @@ class Classification(OneClassTask):
         )
         temperature = fit_temperature(val.targets, val.probabilities)
         return {"threshold": threshold, "temperature": temperature}
+
+    def carry_over(self, val: Predictions) -> dict[str, Any]:
+        return {"threshold": val.threshold, "temperature": val.temperature}
+
+    def calibrate(self, values: Array, carried: Mapping[str, Any]) -> Array | None:
+        temperature = carried.get("temperature")
+        return None if temperature is None else apply_temperature(values, temperature)
+
+    def call_values(self, values: Array, carried: Mapping[str, Any]) -> list[str]:
+        return [self.names[i] for i in predict_class(values, carried.get("threshold"))]
+
+    def _take_highest(self, values: Float[Array, "s v"]) -> Float[Array, " v"]:
+        """With two classes the slide that is most probably positive; with more, each class has the
+        highest of its probabilities, scaled to sum to 1.
+        """
+        if self.positive is not None:
+            return values[values[:, 1].argmax()]
+        highest = values.max(0)
+        return highest / highest.sum()
 
     evaluate = staticmethod(evaluate)
 

@@ -71,8 +71,12 @@ class SlideKeys:
             slides = cohort.slides
             for name in cohort.problems.keys() & bags.keys():
                 logger.warning("slide %s: %s", name, cohort.problems[name])
+        return slides, self.read_mpps()
+
+    def read_mpps(self) -> dict[str, float | None]:
+        """Slide id -> mpp that the table states; empty without a table."""
         records = read_labels(self.labels) if self.labels else []
-        return slides, {record.slide_id: record.mpp for record in records}
+        return {record.slide_id: record.mpp for record in records}
 
 
 @dataclass

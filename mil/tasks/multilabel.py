@@ -258,6 +258,14 @@ class Multilabel(Task):
     def choose_cuts(self, val: LabelPredictions) -> dict[str, Any]:
         return {"thresholds": label_thresholds(val.targets, val.probabilities)}
 
+    def carry_over(self, val: LabelPredictions) -> dict[str, Any]:
+        return {"thresholds": val.thresholds}
+
+    def call_values(self, values: Array, carried: Mapping[str, Any]) -> list[str]:
+        """Labels are called at 0.5 where there are no cuts."""
+        cuts = carried.get("thresholds")
+        return self._join_names(values >= (0.5 if cuts is None else cuts))
+
     evaluate = staticmethod(evaluate_labels)
 
     @property

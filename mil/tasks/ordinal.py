@@ -4,8 +4,10 @@ true grade.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from mil.datasets.labels import LabelledSlides
 from mil.losses.classification import corn_loss, corn_probabilities
 from mil.models.output import Target
-from mil.tasks.base import Names, ReadTargets
+from mil.tasks.base import Array, Names, ReadTargets
 from mil.tasks.classification import OneClassTask, Predictions
 from mil.tasks.records import FigureSpec
 from mil.tasks.slide_targets import present_names, read_records
@@ -140,6 +142,13 @@ class Ordinal(OneClassTask):
     def compute_score(self, values: np.ndarray, targets: np.ndarray) -> float:
         """Quadratic kappa."""
         return float(kappa(confusion(targets, grade(values), len(self.names)), 2)[0])
+
+    def call_values(self, values: Array, carried: Mapping[str, Any]) -> list[str]:
+        return [self.names[index] for index in grade(values)]
+
+    def _take_highest(self, values: Float[Array, "s v"]) -> Float[Array, " v"]:
+        """The slide with the highest expected grade."""
+        return values[(values @ np.arange(values.shape[1])).argmax()]
 
     evaluate = staticmethod(evaluate_grades)
 

@@ -71,6 +71,12 @@ def concordance_index(
     return ratio(((weights @ right) * weights).sum(1), ((weights @ comparable) * weights).sum(1))
 
 
+def average_by_case(cases: np.ndarray, risks: np.ndarray) -> np.ndarray:
+    """Mean risk of every patient's slides, patients in sorted order."""
+    _, index = np.unique(cases, return_inverse=True)
+    return np.bincount(index, risks) / np.bincount(index)
+
+
 def evaluate_risks(
     run: RiskPredictions, weights: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
@@ -110,6 +116,8 @@ class SurvivalTask(NumberTask):
     order_note = "The highest risks come first"
     repeats_note = '"higher than" is the mean over its runs'
     example_groups = ("Highest risk", "Lowest risk")
+    label_columns = ("time", "event")
+    call_column = "risk_group"
     value_names = ("risk",)
     cell_names = ("time", "event", "risk")
     report_figures = (
@@ -165,6 +173,28 @@ class SurvivalTask(NumberTask):
                 f"{path}: expected times of 0 or more and events of 0 or 1, found others"
             )
         return RiskPredictions(fold, cases, times, events == 1, risks)
+
+    def carry_over(self, val: RiskPredictions) -> dict[str, Any]:
+        """Mean and standard deviation of the risks of the validation patients, and their median on
+        the scale that these make.
+        """
+        risks = average_by_case(val.cases, val.risks)
+        scale = float(risks.std()) or 1.0
+        centre = float(risks.mean())
+        cut = (float(np.median(risks)) - centre) / scale
+        return {"centre": centre, "scale": scale, "cut": cut}
+
+    def to_common_scale(self, values: Array, carried: Mapping[str, Any]) -> Array:
+        """Standard deviations above the mean of the model's validation patients: risks of two
+        models have no scale in common.
+        """
+        return (values - carried["centre"]) / carried["scale"] if carried else values
+
+    def call_values(self, values: Array, carried: Mapping[str, Any]) -> list[str]:
+        """Higher or lower than the median of the validation patients; '' where it is not known."""
+        if not carried:
+            return [""] * len(values)
+        return ["higher" if risk > carried["cut"] else "lower" for risk in values[:, 0]]
 
     evaluate = staticmethod(evaluate_risks)
 

@@ -9,26 +9,36 @@ and which encoders made them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from patch_encoder.bags.bag import Bag
 from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
 
 # attributes of a bag that say which features it holds
 ENCODER = ("encoder", "weights_sha256", "transform", "stain")
 SHORT = 8  # digits of a digest in a message
 
 
-def describe_bags(bags: Mapping[str, Bag], digests: Mapping[str, str]) -> dict[str, Any]:
-    """For a checkpoint: `digests` (slide id -> digest of its bag) and `encoders`, the different
-    ones that made the bags.
+def describe_bags(
+    bags: Mapping[str, Bag], digests: Mapping[str, str], cases: Iterable[str]
+) -> dict[str, Any]:
+    """For a checkpoint: `digests` (slide id -> digest of its bag), `encoders`, the different ones
+    that made the bags, and `cases`, digests of the patients' ids, which a model that is handed on
+    does not spell out.
     """
     encoders: list[dict[str, str]] = []
     for bag in bags.values():
         found = read_encoder(bag)
         if found not in encoders:
             encoders.append(found)
-    return {"digests": dict(digests), "encoders": encoders}
+    known = sorted({digest_case(case) for case in cases})
+    return {"digests": dict(digests), "encoders": encoders, "cases": known}
+
+
+def digest_case(case_id: str) -> str:
+    """By which a patient is recognised."""
+    return sha256_bytes(case_id.encode())[:16]
 
 
 def read_encoder(bag: Bag) -> dict[str, str]:
@@ -48,26 +58,51 @@ def check_bag(slide_id: str, bag: Bag, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: names both bags.
     """
-    record, own = config["bags"], read_encoder(bag)
-    if bag.shape[1] != config["network"]["dim"]:
-        expected, found = f"{config['network']['dim']} features per tile", f"{bag.shape[1]}"
-    elif slide_id in record["digests"]:
-        trained, digest = record["digests"][slide_id], bag.digest()
-        # a .pt bag, on which CLAM trains, has the features of its .h5 without the coordinates
-        if trained == digest or trained == bag.digest_with(None):
-            return
-        expected = f"the features that the model was tested on ({trained[:SHORT]}"
-        expected += f" of {_name(record['encoders'])})"
-        found = f"others ({digest[:SHORT]} of {_name([own])})"
-    elif own in record["encoders"]:
+    record = config["bags"]
+    if slide_id not in record["digests"] or bag.shape[1] != config["network"]["dim"]:
+        check_encoder(slide_id, bag, config)
         return
-    else:
+    trained, digest = record["digests"][slide_id], bag.digest()
+    # a .pt bag, on which CLAM trains, has the features of its .h5 without the coordinates
+    if trained == digest or trained == bag.digest_with(None):
+        return
+    expected = f"the features that the model was tested on ({trained[:SHORT]}"
+    expected += f" of {_name(record['encoders'])})"
+    found = f"others ({digest[:SHORT]} of {_name([read_encoder(bag)])})"
+    _refuse(slide_id, bag, expected, found, REMEDY)
+
+
+REMEDY = "give features=<folder of the bags that the model was trained on>, or train again on these"
+
+
+def check_encoder(
+    slide_id: str,
+    bag: Bag,
+    config: Mapping[str, Any],
+    remedy: str = REMEDY,
+    *,
+    unnamed: bool = False,
+) -> None:
+    """Refuse a bag of another width or another encoder than those that the model was trained on.
+
+    Args:
+        slide_id, bag, config: as `check_bag`.
+        remedy: what the user can do, for the message.
+        unnamed: take a bag that says of no encoder.
+
+    Raises:
+        UserError: names both encoders.
+    """
+    record, own, dim = config["bags"], read_encoder(bag), config["network"]["dim"]
+    if bag.shape[1] != dim:
+        _refuse(slide_id, bag, f"{dim} features per tile", f"{bag.shape[1]}", remedy)
+    if own not in record["encoders"] and not (unnamed and not own):
         expected = f"features of the model's encoder, {_name(record['encoders'])}"
-        found = f"those of {_name([own])}"
-    raise UserError(
-        f"slide {slide_id}: expected {expected}, found {found} in {bag.path}; give "
-        "features=<folder of the bags that the model was trained on>, or train again on these"
-    )
+        _refuse(slide_id, bag, expected, f"those of {_name([own])}", remedy)
+
+
+def _refuse(slide_id: str, bag: Bag, expected: str, found: str, remedy: str) -> NoReturn:
+    raise UserError(f"slide {slide_id}: expected {expected}, found {found} in {bag.path}; {remedy}")
 
 
 def _name(encoders: Iterable[Mapping[str, str]]) -> str:

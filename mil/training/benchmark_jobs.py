@@ -37,10 +37,12 @@ def check_tasks(cohort: Cohort, settings: Mapping[str, FoldSettings]) -> None:
     for number, (name, one) in enumerate(settings.items()):
         for split in cohort.splits:
             try:
-                task = one.fit_task(cohort.targets, split.train)
+                job = cohort.job(Path(), one, split, next(iter(cohort.files)), {}, None)
+                task = job.fit_task()
                 check_recipe(one.training, task, alone)
+                job.fit_covariates()
                 if number == 0:  # the slides are those of all models
-                    check_validation([cohort.targets.of(slide) for slide in split.val], task)
+                    check_validation(job.targets_of("val"), task)
             except UserError as error:
                 raise UserError(f"model {name}, split {split.fold}: {error}") from None
 
@@ -64,13 +66,13 @@ def make_jobs(
     jobs = []
     cases = {record.slide_id: record.case_id for record in cohort.slides.records}
     for name, bags in cohort.files.items():
-        digests, bag_list = digest_each(bags, cases), tuple(bags.items())
+        digests = digest_each(bags, cases)
         for model, one in settings.items():
             for seed in seeds:
                 for split in cohort.splits:
                     run = output / "runs" / name / model / f"seed{seed}_fold{split.fold}"
-                    data = (cohort.slides, cohort.targets, split, bag_list, digests, memory)
-                    jobs.append(FoldJob(run, replace(one, seed=seed), *data))
+                    own = replace(one, seed=seed)
+                    jobs.append(cohort.job(run, own, split, name, digests, memory))
     return jobs
 
 
@@ -87,7 +89,8 @@ def open_pending_jobs(jobs: Sequence[FoldJob], world: World, overwrite: bool) ->
 def train_job(job: FoldJob, device: str) -> None:
     """Run or resume one training; what a worker does."""
     world = World(0, 1, pick_device(device))
-    run_job(job, open_job(job, world), world)
+    label = f"{job.output.absolute().parents[3].name}/{job.place}"
+    run_job(job, open_job(job, world, tracker=job.tracker, label=label), world)
 
 
 def train_here(

@@ -26,7 +26,7 @@ from mil.models.output import MILOutput, Target
 from mil.tasks.base import Task
 from mil.tasks.classification import Classification
 from mil.training.epochs import Smoother, class_weights, draws, epoch_order, is_better, is_over
-from mil.training.prediction import grid_for, is_streamed, on_device, predict, prefetch
+from mil.training.prediction import is_streamed, on_device, predict, prefetch, side_inputs
 from mil.training.recipes import Recipe, check_recipe, recipe_factor
 from mil.training.streaming import stream
 from wsi_common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
@@ -93,7 +93,7 @@ def train_one_epoch(
                 output = model(
                     *on_device(bag, world.device),
                     target=task.evidence(sample.target),
-                    **grid_for(model, sample),
+                    **side_inputs(model, sample),
                 )
                 targets.append(sample.target)
                 if task.needs_all_bags:
@@ -131,8 +131,8 @@ def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput
     """
     model.eval()
     if is_streamed(model, sample.bag):
-        return stream(model, sample.bag, device)
-    output = model(*on_device(sample.load(), device), **grid_for(model, sample))
+        return stream(model, sample.bag, device, covariates=sample.covariates)
+    output = model(*on_device(sample.load(), device), **side_inputs(model, sample))
     return MILOutput(output.logits.float().cpu(), output.attention.float().cpu())
 
 

@@ -20,12 +20,16 @@ import torch
 from torch import nn
 
 from mil.datasets.bags import Sample, digest_set, load_bags
+from mil.datasets.case_bags import POOLED, join_bags
+from mil.datasets.covariates import Cells, CovariateEncoder, fit_covariates, write_cells
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import SETS, Split
-from mil.models import Standardised, build, build_plain_model
-from mil.models.layers import inner_model
+from mil.models import build, build_plain_model
+from mil.models.fusion import ALONE
+from mil.models.layers import find_standardised, inner_model
+from mil.models.output import Target
 from mil.tasks.base import Task, apply_cuts
-from mil.tasks.prediction_table import write_predictions
+from mil.tasks.prediction_table import SLIDE_TABLE, write_predictions
 from mil.tasks.records import RunPredictions, TaskOptions
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
@@ -33,14 +37,16 @@ from mil.training.bag_record import describe_bags
 from mil.training.engine import train_model
 from mil.training.prediction import predict
 from mil.training.recipes import Recipe, check_recipe
+from mil.training.units import BagUnit, group_slides, pool_cases
 from patch_encoder.bags.bag import Bag
 from wsi_common.checkpoint import load_checkpoint
 from wsi_common.distributed import World, barrier
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, sha256_bytes
 from wsi_common.memory import is_out_of_memory, reuse_large_blocks
-from wsi_common.run import Run, Tracker, open_run
+from wsi_common.run import Run, open_run
 from wsi_common.seed import seed_everything
+from wsi_common.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 _kept: dict[tuple[object, ...], dict[str, Bag]] = {}  # of `cached_bags`: one at most
@@ -60,10 +66,18 @@ class FoldSettings:
     intervals: int = 4
     censored_alpha: float = 0.0
     regression_loss: str = "mse"
+    unit: str = "slide"
+    fused: bool = False  # with the covariates of the job
+    categories: list[str] = field(default_factory=list)
 
-    def network(self, dim: int, classes: int) -> dict[str, Any]:
-        """What `build` needs for features of width `dim`."""
-        network = {"name": self.model, "dim": dim, "classes": classes}
+    @property
+    def label(self) -> str:
+        """The model's name in tables."""
+        return f"{self.model}+{ALONE}" if self.fused and self.model != ALONE else self.model
+
+    def network(self, dim: int, classes: int, covariates: int) -> dict[str, Any]:
+        """What `build` needs for features of width `dim` and that many encoded covariates."""
+        network = {"name": self.model, "dim": dim, "classes": classes, "covariates": covariates}
         return network | {"standardize": self.standardize, "dropout": self.dropout, **self.options}
 
     def fit_task(self, targets: SlideTargets, train: Sequence[str]) -> Task:
@@ -86,7 +100,9 @@ class FoldJob:
         split: train, validation and test slides.
         files: (slide id, bag file) of all of them.
         digests: slide id -> digest of its bag.
+        covariates: slide id -> column -> cell; used by models that are fused with them.
         memory: bytes for bags that are kept in memory; None: half of what is free.
+        tracker: of a benchmark's trainings.
     """
 
     output: Path
@@ -97,6 +113,8 @@ class FoldJob:
     files: tuple[tuple[str, Path], ...]
     digests: Mapping[str, str]
     memory: int | None = None
+    covariates: Mapping[str, Cells] = field(default_factory=dict)
+    tracker: Tracker | None = None
 
     @property
     def place(self) -> str:
@@ -108,15 +126,46 @@ class FoldJob:
         """Fingerprint of all bags."""
         return digest_set(self.digests)
 
+    @property
+    def cases(self) -> dict[str, str]:
+        """Slide id -> patient."""
+        return {record.slide_id: record.case_id for record in self.slides.records}
+
+    def units(self, name: str) -> list[BagUnit]:
+        """The bags of train, val or test."""
+        return group_slides(getattr(self.split, name), self.cases, self.settings.unit)
+
+    def targets_of(self, name: str) -> list[Target]:
+        """Of the bags of train, val or test."""
+        return [self.targets.of(unit.slides[0]) for unit in self.units(name)]
+
     def fit_task(self) -> Task:
-        """The task with what it takes from the training slides."""
-        return self.settings.fit_task(self.targets, self.split.train)
+        """The task with what it takes from the training bags."""
+        firsts = [unit.slides[0] for unit in self.units("train")]
+        return self.settings.fit_task(self.targets, firsts)
+
+    def fit_covariates(self) -> CovariateEncoder | None:
+        """What turns covariates into numbers, from the training bags; None without covariates."""
+        if not self.settings.fused:
+            return None
+        train = [self.covariates[unit.slides[0]] for unit in self.units("train")]
+        return fit_covariates(train, list(self.covariates.values()), self.settings.categories)
 
 
 def open_job(
-    job: FoldJob, world: World, *, overwrite: bool = False, tracker: Tracker | None = None
+    job: FoldJob,
+    world: World,
+    *,
+    overwrite: bool = False,
+    tracker: Tracker | None = None,
+    label: str = "",
 ) -> Run:
     """The job's run directory; `results` is set when it is finished.
+
+    Args:
+        job: the training.
+        world: this process.
+        overwrite, tracker, label: as for `wsi_common.run.open_run`.
 
     Raises:
         UserError: the directory holds a run with other settings, bags, labels or split.
@@ -128,8 +177,11 @@ def open_job(
     labels = repr((job.targets.task, job.slides.classes, slides, values))
     inputs = {"features": job.features_digest, "labels": sha256_bytes(labels.encode())}
     inputs |= {"split": job.split.digest()}
+    if job.settings.fused:
+        cells = repr([sorted(job.covariates[slide].items()) for slide in job.slides.slide_ids])
+        inputs |= {"covariates": sha256_bytes(cells.encode())}
     warn_of_threads(job.output, world)
-    how = {"overwrite": overwrite, "tracker": tracker}
+    how = {"overwrite": overwrite, "tracker": tracker, "label": label}
     return open_run(job.output, job.settings, world, inputs=inputs, **how)
 
 
@@ -160,27 +212,35 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     settings, task = job.settings, job.fit_task()
     check_recipe(settings.training, task, world)
     bags = cached_bags(job.files, job.features_digest, job.memory)
-    train, val, test = (make_samples(bags, job, getattr(job.split, name)) for name in SETS)
-    network = settings.network(train[0].bag.shape[1], task.outputs)
+    encoder = job.fit_covariates()
+    train, val, test = (make_samples(bags, job, name, encoder) for name in SETS)
+    width = 0 if encoder is None else encoder.width
+    network = settings.network(train[0].bag.shape[1], task.outputs, width)
     start = train_plain(job, world)
     seed_everything(settings.seed)
     model = build(**network)
-    if isinstance(model, Standardised):
-        model.fit([sample.bag for sample in train])
+    standardised = find_standardised(model)
+    if standardised is not None:
+        standardised.fit([sample.bag for sample in train])
     if start is not None:
         inner_model(model).start_from(start)
     model.to(world.device)
     config = {"network": network, "task": task.to_dict()}
-    config |= {"bags": describe_bags(bags, job.digests), "precision": settings.training.precision}
+    patients = (record.case_id for record in job.slides.records)
+    config |= {"bags": describe_bags(bags, job.digests, patients)}
+    config |= {"precision": settings.training.precision, "unit": settings.unit}
+    config |= {} if encoder is None else {"covariates": encoder.to_dict()}
     if world.device.type == "cpu":
         reuse_large_blocks()  # after the bags were read, which stay
     decided = (settings.training, settings.seed)
     with explain_memory(job, bags):
         best = train_model(model, train, val, *decided, run, config, world, task)
-    results = {"model": settings.model, "seed": settings.seed, "fold": job.split.fold}
+    results = {"model": settings.label, "seed": settings.seed, "fold": job.split.fold}
     results |= {"task": task.kind, "best_epoch": best["epoch"], "epochs": best["epochs"]}
     results |= {f"val_{task.score}": best[task.score]}
-    results |= {name: best[name] for name in task.chosen if name in best}
+    # a cut that training chose on single slides is none for pooled ones
+    own = () if settings.unit in POOLED else task.chosen
+    results |= {name: best[name] for name in own if name in best}
     with explain_memory(job, bags):
         return finish_job(job, run, world, task, model, {"val": val, "test": test}, results)
 
@@ -216,29 +276,72 @@ def finish_job(
     sets: dict[str, list[Sample]],
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """predictions.csv and results.json."""
-    case_of = {record.slide_id: record.case_id for record in job.slides.records}
-    slides, parts = {}, {}
+    """predictions.csv and results.json; slide_predictions.csv beside a predictions.csv by case."""
+    by_slide, by_case = {}, {}
     for name, samples in sets.items():
-        if not samples:
-            continue
-        logits = predict(model, samples, world.device, job.settings.training.precision)
-        targets = [sample.target for sample in samples]
-        slides[name] = [sample.slide_id for sample in samples]
-        tested = RunPredictions(job.split.fold, np.array([case_of[s] for s in slides[name]]))
-        values = task.predict(logits.to(task.dtype)).double().numpy()
-        parts[name] = task.make_predictions(tested, targets, values, results)
-        measured = task.measure(logits, targets)
-        results[name] = {key: measured[key] for key in (task.score, "loss")}
-    for name, predictions in apply_cuts(task, parts, results).items():
+        if samples:
+            found = predict_set(job, world, task, model, name, samples, results)
+            by_slide[name], by_case[name] = found
+    pooled = job.settings.unit in POOLED
+    cut = apply_cuts(task, {name: part for name, (_, part) in by_case.items()}, results)
+    if pooled:
+        known = next(iter(cut.values()))
+        results |= {n: getattr(known, n) for n in task.trained_cuts if hasattr(known, n)}
+    for name, predictions in cut.items():
         metrics = {metric: float(value[0]) for metric, value in task.evaluate(predictions).items()}
         # a score that does not exist (no pair to compare) is null in JSON
         found = (results[name] | metrics).items()
         results[name] = {key: value if math.isfinite(value) else None for key, value in found}
     if world.is_main:
-        write_predictions(job.output / "predictions.csv", task, slides, parts)
+        tables = {"predictions.csv": by_case}
+        tables |= {SLIDE_TABLE: by_slide} if job.settings.unit != "slide" else {}
+        for file, table in tables.items():
+            slides = {name: names for name, (names, _) in table.items()}
+            parts = {name: part for name, (_, part) in table.items()}
+            parts = apply_cuts(task, parts, {}) if pooled else parts
+            write_predictions(job.output / file, task, slides, parts)
+        if job.settings.fused:
+            write_cells(job.output, job.covariates)
     run.finish(results)
     return results
+
+
+def predict_set(
+    job: FoldJob,
+    world: World,
+    task: Task,
+    model: nn.Module,
+    name: str,
+    samples: list[Sample],
+    results: dict[str, Any],
+) -> tuple[tuple[list[str], Any], tuple[list[str], Any]]:
+    """Predict the bags of val or test: (names, predictions) by slide and by unit, which are the
+    same for single slides. Adds the set's score and loss to `results`.
+    """
+    logits = predict(model, samples, world.device, job.settings.training.precision)
+    targets = [sample.target for sample in samples]
+    values = task.predict(logits.to(task.dtype)).double().numpy()
+    measured = task.measure(logits, targets)
+    results[name] = {key: measured[key] for key in (task.score, "loss")}
+    units = job.units(name)
+    cases = [unit.case_id for unit in units]
+    tested = RunPredictions(job.split.fold, np.array(cases))
+    found = task.make_predictions(tested, targets, values, results)
+    alone = [unit.name for unit in units], found
+    if job.settings.unit == "slide":
+        return alone, alone
+    if job.settings.unit == "case":  # what is said of a case is said of each of its slides
+        rows = [row for row, unit in enumerate(units) for _ in unit.slides]
+        tested = RunPredictions(job.split.fold, np.array(cases)[rows])
+        own = [targets[row] for row in rows]
+        each = task.make_predictions(tested, own, values[rows], results)
+        return ([slide for unit in units for slide in unit.slides], each), alone
+    pooled = pool_cases(task, cases, values, targets, job.settings.unit)
+    tested = RunPredictions(job.split.fold, pooled.cases)
+    found = task.make_predictions(tested, pooled.targets, pooled.values, results)
+    stacked = np.stack([np.asarray(target) for target in pooled.targets])
+    results[name][task.score] = task.compute_score(pooled.values, stacked)
+    return alone, (pooled.cases.tolist(), found)
 
 
 def train_plain(job: FoldJob, world: World) -> dict[str, torch.Tensor] | None:
@@ -252,7 +355,7 @@ def train_plain(job: FoldJob, world: World) -> dict[str, torch.Tensor] | None:
     if plain is None:
         return None
     settings = replace(job.settings, model=plain[0], options=plain[1])
-    plain_job = replace(job, output=job.output / PLAIN, settings=settings)
+    plain_job = replace(job, output=job.output / PLAIN, settings=replace(settings, fused=False))
     run = open_job(plain_job, world)
     if run.results is None:
         run_job(plain_job, run, world)
@@ -278,7 +381,17 @@ def cached_bags(
     return _kept[asked]
 
 
-def make_samples(bags: Mapping[str, Bag], job: FoldJob, slide_ids: Sequence[str]) -> list[Sample]:
-    """Labelled bags in the order of `slide_ids`."""
-    strata, targets = job.slides.target_of(), job.targets
-    return [Sample(slide, bags[slide], targets.of(slide), strata[slide]) for slide in slide_ids]
+def make_samples(
+    bags: Mapping[str, Bag], job: FoldJob, name: str, encoder: CovariateEncoder | None
+) -> list[Sample]:
+    """Labelled bags of train, val or test, in the order of the split."""
+    strata, samples = job.slides.target_of(), []
+    for unit in job.units(name):
+        first = unit.slides[0]
+        bag = join_bags(unit.name, [bags[slide] for slide in unit.slides])
+        covariates = None
+        if encoder is not None:
+            covariates = encoder.encode(job.covariates[first], f"slide {first}")
+        target = job.targets.of(first)
+        samples.append(Sample(unit.name, bag, target, strata[first], covariates))
+    return samples

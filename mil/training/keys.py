@@ -8,13 +8,15 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mil.datasets.bags import find_bags, select_usable_bags
+from mil.datasets.case_bags import UNITS
+from mil.datasets.covariates import check_same, read_covariates
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import (
     Split,
@@ -26,11 +28,13 @@ from mil.datasets.splits import (
 from mil.datasets.stored_splits import check_splits
 from mil.losses.regression import LOSSES
 from mil.models import check_options
+from mil.models.fusion import ALONE, check_fusion
 from mil.tasks.keys import SplitKeys, TaskKeys
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import TASKS, read_targets
-from mil.training.fold_run import FoldSettings
+from mil.training.fold_run import FoldJob, FoldSettings
 from mil.training.recipes import Recipe, resolve
+from mil.training.units import check_case_labels
 from patch_encoder.bags.bag import open_bag
 from wsi_common.config import given_keys, group, key
 from wsi_common.errors import UserError
@@ -73,12 +77,28 @@ class Cohort:
         targets: of the slides.
         splits: train, validation and test slides of every fold.
         files: feature set -> slide id -> bag file.
+        covariates: slide id -> column -> cell; empty without a table.
     """
 
     slides: LabelledSlides
     targets: SlideTargets
     splits: list[Split]
     files: dict[str, dict[str, Path]]
+    covariates: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def job(
+        self,
+        output: Path,
+        settings: FoldSettings,
+        split: Split,
+        feature_set: str,
+        digests: Mapping[str, str],
+        memory: int | None,
+    ) -> FoldJob:
+        """One training on this cohort, in the run directory `output`."""
+        files = tuple(self.files[feature_set].items())
+        data = (self.slides, self.targets, split, files, digests, memory)
+        return FoldJob(output, settings, *data, self.covariates)
 
 
 @dataclass
@@ -98,6 +118,25 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         "mse: squared error; huber: outliers of more than a standard deviation pull less; for "
         "task=regression",
         choices=LOSSES,
+    )
+    unit: str = key(
+        "slide",
+        "what one prediction is of; slide; case: all slides of a patient as one bag; case_mean, "
+        "case_max: slides are trained on alone, a patient has their mean, or the one that shows "
+        "most",
+        choices=UNITS,
+    )
+    covariates: str = key(
+        "",
+        "table of clinical covariates by slide_id or case_id; fused with the slide vector of the "
+        "models; empty: none",
+        path=True,
+    )
+    covariate_columns: list[str] = key(
+        [], "columns of the covariates to take; empty: all but ids, labels and split"
+    )
+    categories: list[str] = key(
+        [], "columns of the covariates whose numbers are levels, not amounts; a stage of 1 to 4"
     )
     ram_gb: float = key(
         0.0,
@@ -128,22 +167,64 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         shared = [slide for slide in slides.slide_ids if all(slide in files for files in sets)]
         files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
         slides = slides.only(shared)
+        check_case_labels(slides, targets, self.unit)
+        cells = self.read_covariates(slides)
         if stored:
             checked = check_splits(stored, slides, shared, self.shared_patients)
-            return Cohort(slides, targets, checked, files)
+            return Cohort(slides, targets, checked, files, cells)
         drawn = (self.protocol, self.folds, self.val_fraction, self.split_seed)
-        return Cohort(slides, targets, make_splits(slides, *drawn), files)
+        return Cohort(slides, targets, make_splits(slides, *drawn), files, cells)
+
+    def read_covariates(self, slides: LabelledSlides) -> dict[str, dict[str, str]]:
+        """The cells of every slide; empty without a table.
+
+        Raises:
+            UserError: a table that cannot be used, or columns without a table.
+        """
+        if not self.covariates:
+            for name in ("covariate_columns", "categories"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"{name}: expected a table of covariates that has these columns, found "
+                        "none; add covariates=<table>"
+                    )
+            return {}
+        cells = read_covariates(self.covariates, slides.records, self.covariate_columns)
+        if self.unit != "slide":
+            cases: dict[str, list[str]] = {}
+            for record in slides.records:
+                cases.setdefault(record.case_id, []).append(record.slide_id)
+            for case, members in cases.items():
+                check_same(members, cells, case)
+        return cells
 
     def settings(
-        self, model: str, seed: int, options: Mapping[str, Any], changes: Mapping[str, Any]
+        self,
+        model: str,
+        seed: int,
+        options: Mapping[str, Any],
+        changes: Mapping[str, Any],
+        fused: bool,
     ) -> FoldSettings:
         """The settings of a model's trainings: its published recipe, over it the keys that were
         given, over them the `changes` of this model alone. A task whose loss compares the slides of
         a step has COMPARED_BAGS of them, where nothing else is given.
 
+        Args:
+            model, seed, options: of the trainings.
+            changes: of the recipe.
+            fused: with covariates.
+
         Raises:
-            UserError: an option or a change that the model does not have.
+            UserError: an option or a change that the model does not have, covariates for a model
+                that takes none, or none for the model that has nothing else.
         """
+        if fused:
+            check_fusion(model)
+        elif model == ALONE:
+            raise UserError(
+                f"model {ALONE}: expected a table of covariates, found none; add covariates=<table>"
+            )
         checked = check_options(model, options)
         given = given_keys(self)
         recipe, dropout = resolve(model, self.training, self.dropout, given, changes)
@@ -151,7 +232,9 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         if TASKS[self.task].needs_all_bags and not chosen:
             recipe = replace(recipe, accumulate=COMPARED_BAGS)
         decided = (self.intervals, self.censored_alpha, self.regression_loss)
-        return FoldSettings(model, dropout, self.standardize, seed, recipe, checked, *decided)
+        groups = (self.unit, fused, list(self.categories) if fused else [])
+        found = (model, dropout, self.standardize, seed, recipe, checked)
+        return FoldSettings(*found, *decided, *groups)
 
 
 def warn_of_scale(name: str, files: Mapping[str, Path]) -> None:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mil.datasets.bags import Sample
+from mil.models.fusion import Fused
 from mil.models.layers import inner_model
 from mil.training.streaming import can_stream, stream
 from patch_encoder.bags.bag import Bag
@@ -56,21 +57,25 @@ def predict(
     logits = []
     for sample, streams in marked:
         if streams:
-            logits.append(stream(model, sample.bag, device).logits)
+            covariates = sample.covariates
+            logits.append(stream(model, sample.bag, device, covariates=covariates).logits)
             continue
         _, bag = next(loaded)
         with autocast(device, precision):
-            output = model(*on_device(bag, device), **grid_for(model, sample))
+            output = model(*on_device(bag, device), **side_inputs(model, sample))
             logits.append(output.logits.float())
     return torch.stack([row.cpu() for row in logits])
 
 
-def grid_for(model: nn.Module, sample: Sample) -> dict[str, SlideGrid | None]:
-    """The further argument of a model that lays tiles on their slide's grid (DeformMIL): `grid`.
-    None for the other models, whose bags' grids are never looked for.
+def side_inputs(model: nn.Module, sample: Sample) -> dict[str, SlideGrid | Tensor | None]:
+    """The further arguments of a model: `grid` where it lays tiles on their slide's grid
+    (DeformMIL; the bags' grids of other models are never looked for), and `covariates` where it is
+    fused with them.
     """
-    takes_grid = getattr(inner_model(unwrap(model)), "takes_grid", False)
-    return {"grid": sample.grid} if takes_grid else {}
+    bare = unwrap(model)
+    takes_grid = getattr(inner_model(bare), "takes_grid", False)
+    found: dict[str, SlideGrid | Tensor | None] = {"grid": sample.grid} if takes_grid else {}
+    return found | ({"covariates": sample.covariates} if isinstance(bare, Fused) else {})
 
 
 def is_streamed(model: nn.Module, bag: Bag, whole: int | None = None) -> bool:

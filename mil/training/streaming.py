@@ -20,8 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mil.models import ABMIL, CLAM, DSMIL, DTFD, ILRA, MHIM, MaxMIL, MeanMIL, Standardised
+from mil.models.fusion import Fused, NoTiles
 from mil.models.ilra import GAB, CrossAttention
-from mil.models.layers import inner_model
+from mil.models.layers import find_standardised, inner_model
 from mil.models.output import MILOutput, normalise_attention
 from patch_encoder.bags.bag import Bag
 from wsi_common.errors import UserError
@@ -122,7 +123,13 @@ class WeightedSum:
 
 
 @torch.inference_mode()
-def stream(model: nn.Module, bag: Bag, device: torch.device, tiles: int = BLOCK) -> MILOutput:
+def stream(
+    model: nn.Module,
+    bag: Bag,
+    device: torch.device,
+    tiles: int = BLOCK,
+    covariates: Float[Tensor, " v"] | None = None,
+) -> MILOutput:
     """Logits and attention of a bag that need not fit into memory, on the CPU.
 
     Args:
@@ -130,12 +137,13 @@ def stream(model: nn.Module, bag: Bag, device: torch.device, tiles: int = BLOCK)
         bag: in memory or on disk.
         device: where to compute.
         tiles: number of tiles in a block.
+        covariates: of the slide, encoded, for a model that is fused with them.
 
     Raises:
         UserError: the model has no entry in STREAMED.
     """
     assert not model.training
-    wrapper, inner = model if isinstance(model, Standardised) else None, _find_applied(model)
+    wrapper, inner = find_standardised(model), _find_applied(model)
     way = STREAMED.get(type(inner))
     if way is None:
         raise UserError(
@@ -144,6 +152,8 @@ def stream(model: nn.Module, bag: Bag, device: torch.device, tiles: int = BLOCK)
             f"{', '.join(kind.__name__ for kind in STREAMED)}"
         )
     output = way(inner, Reader(bag, device, wrapper, tiles))
+    if isinstance(model, Fused):
+        output = output._replace(logits=output.logits + model.logits(covariates))
     return MILOutput(output.logits.float().cpu(), output.attention.float().cpu())
 
 
@@ -160,6 +170,10 @@ def _find_applied(model: nn.Module) -> nn.Module:
 def _mean(model: MeanMIL, bag: Reader) -> MILOutput:
     total = sum(model.tile(block).sum(0, dtype=torch.float64) for block in bag)
     return MILOutput(total / len(bag), torch.full((len(bag),), 1 / len(bag)))
+
+
+def _no_tiles(model: NoTiles, bag: Reader) -> MILOutput:
+    return MILOutput(model.prior, torch.full((len(bag),), 1 / len(bag)))
 
 
 def _max(model: MaxMIL, bag: Reader) -> MILOutput:
@@ -299,6 +313,7 @@ def _hand_back(
 
 STREAMED: dict[type[nn.Module], Callable[[Any, Reader], MILOutput]] = {
     MeanMIL: _mean,
+    NoTiles: _no_tiles,
     MaxMIL: _max,
     ABMIL: _abmil,
     CLAM: _clam,

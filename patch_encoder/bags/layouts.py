@@ -1,8 +1,9 @@
 """The file layouts of feature bags: where features, coordinates and attributes stand in each.
 
-HDF5: dataset `features` (ours, CLAM's, TS2G-KD's) or `feats` (TRIDENT's), (N, D) or (1, N, D),
-optionally `coords` (N, 2). `.pt`: one tensor, or a dict that has these by name. Half precision
-stays half precision (its float32 is exact), everything else becomes float32.
+HDF5: dataset `features` (ours, CLAM's, TS2G-KD's) or `feats` (TRIDENT's), (N, D) or (1, N, D), or
+(D,) for the one vector of a slide (TRIDENT's slide features); optionally `coords` (N, 2). `.pt`:
+one tensor, or a dict that has these by name. Half precision stays half precision (its float32 is
+exact), everything else becomes float32.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _read_h5_layout(path: Path, file: h5py.File) -> BagLayout:
         coords = None if pixels is None else torch.from_numpy(pixels)
     mapped = dataset.chunks is None and dataset.dtype.isnative
     return BagLayout(
-        _check_shape(path, dataset.shape),
+        (1, *dataset.shape) if dataset.ndim == 1 else _check_shape(path, dataset.shape),
         dataset.dtype.newbyteorder("=").name,
         coords,
         _make_plain(dict(dataset.attrs)),
@@ -88,7 +89,10 @@ def read_h5_rows(path: Path, dataset: str, rows: slice) -> Float[Tensor, "n d"]:
     """Consecutive rows of the features of an HDF5 file."""
     with open_hdf5(path, WHAT, REMEDY) as file:
         stored = get_dataset(file, dataset)
-        block = stored[rows] if stored.ndim == 2 else stored[0, rows]
+        if stored.ndim == 1:
+            block = stored[()][None][rows]
+        else:
+            block = stored[rows] if stored.ndim == 2 else stored[0, rows]
     return as_float(torch.from_numpy(block.astype(block.dtype.newbyteorder("="), copy=False)))
 
 

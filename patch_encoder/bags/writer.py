@@ -27,7 +27,7 @@ DIGEST_BYTES = 1 << 20  # read back at a time
 def write_bag(
     path: str | Path,
     features: ArrayLike,
-    coords: ArrayLike,
+    coords: ArrayLike | None,
     attributes: Mapping[str, Any],
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
@@ -36,16 +36,18 @@ def write_bag(
     Args:
         path: `<slide_id>.h5`.
         features: (N, D) float16 or float32.
-        coords: (N, 2) level-0 top-left corners.
+        coords: (N, 2) level-0 top-left corners; None where nobody knows them.
         attributes: the tile geometry (`dataclasses.asdict(TileGeometry)`).
         provenance: encoder name, weights digest, transform, precision, software version.
     """
-    rows, corners = np.asarray(features), np.asarray(coords).astype(np.int64)
-    assert rows.ndim == 2 and len(rows) == len(corners), (rows.shape, corners.shape)
+    rows = np.asarray(features)
+    corners = np.asarray(np.empty((0, 2)) if coords is None else coords).astype(np.int64)
+    assert rows.ndim == 2 and (coords is None or len(rows) == len(corners)), rows.shape
     with atomic_path(path) as temporary, write_hdf5(temporary) as file:
         stored = file.create_dataset("features", data=rows)
         stored.attrs.update(dict(provenance or {}) | {"sha256": digest_content([rows], corners)})
-        file.create_dataset("coords", data=corners).attrs.update(dict(attributes))
+        if coords is not None:
+            file.create_dataset("coords", data=corners).attrs.update(dict(attributes))
 
 
 def digest_content(blocks: Iterable[np.ndarray], coords: ArrayLike) -> str:

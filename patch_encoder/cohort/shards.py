@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from patch_encoder.cohort.slide_files import FoundSlides
 from patch_encoder.tiles.coordinates import SlideJob
 from wsi_common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` (from 1) of `count`."""
+    """Part `index` (from 1) of `count`.
+
+    Attributes:
+        divided: the slides at hand are this part already.
+    """
 
     index: int = 1
     count: int = 1
+    divided: bool = False
 
     @staticmethod
     def parse(text: str) -> Shard:
@@ -38,10 +44,20 @@ class Shard:
         return f"{self.index}-of-{self.count}" if self.count > 1 else ""
 
     def select(self, jobs: Sequence[SlideJob]) -> list[SlideJob]:
-        """Every count-th slide by size, so that all parts take about as long."""
-        return (
-            sort_largest_first(jobs)[self.index - 1 :: self.count] if self.count > 1 else list(jobs)
-        )
+        """Every count-th slide by number of tiles, so that all parts take about as long."""
+        if self.count == 1 or self.divided:
+            return list(jobs)
+        return sort_largest_first(jobs)[self.index - 1 :: self.count]
+
+    def divide(self, cohort: FoundSlides) -> FoundSlides:
+        """This part of a cohort without tiles yet: every count-th slide by the size of its file;
+        what is wrong with others is told by the first part.
+        """
+        sizes = {name: path.stat().st_size for name, path in cohort.slides.items()}
+        largest = sorted(cohort.slides, key=lambda name: (-sizes[name], name))
+        own = sorted(largest[self.index - 1 :: self.count])
+        slides = {name: cohort.slides[name] for name in own}
+        return replace(cohort, slides=slides, problems=cohort.problems if self.index == 1 else {})
 
 
 def count_tiles(jobs: Sequence[SlideJob]) -> int:

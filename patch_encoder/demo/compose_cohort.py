@@ -3,7 +3,8 @@ of the kind exist.
 
 A stand-in again: the tiles of a slide come from many fields, so that only what single tiles show
 can be learned, and positives are made to have few lesion tiles. Slides of a split come from that
-split's fields only, and no tile is used twice. The detector's documents are the fields of train and
+split's fields only, no tile is used twice, and no original is in two slides where the annotations
+name originals (`label_fields` writes such). The detector's documents are the fields of train and
 val themselves, copied byte for byte.
 
     python -m patch_encoder.demo.compose_cohort --config configs/quickstart/compose.yaml
@@ -42,7 +43,7 @@ from wsi_common.errors import UserError, did_you_mean
 from wsi_common.files import atomic_path, sha256_file, write_csv, write_json
 from wsi_common.progress import progress
 
-TILE_COLUMNS = ("slide_id", "row", "column", "field", "x", "y", "lesion")
+TILE_COLUMNS = ("slide_id", "row", "column", "field", "x", "y", "lesion", "original")
 JPEG_QUALITY = 95
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ def write_tables(root: Path, slides: list[ComposedSlide], columns: int, mpp: flo
             "x": tile.x,
             "y": tile.y,
             "lesion": int(tile.lesion),
+            "original": tile.original,
         }
         for slide in slides
         for place, tile in enumerate(slide.tiles)

@@ -34,7 +34,7 @@ from patch_encoder.demo.histology.composed_fields import (
     draw_composed,
     locate_points,
 )
-from patch_encoder.demo.histology.figure_crops import TABLE, SlideTiles, read_slide_tiles
+from patch_encoder.demo.histology.figure_crops import TABLE, FigureTiles, read_slide_tiles
 from patch_encoder.demo.histology.point_files import POINT_FILES, count_wrong, write_point_files
 from patch_encoder.demo.pyramid import holds_pyramid, write_pyramid
 from wsi_common.cli import launch
@@ -111,7 +111,7 @@ def check(config: Config) -> None:
         raise UserError(f"key 'wrong_share': expected 0 to 0.95, found {config.wrong_share:g}")
 
 
-def plan_fields(config: Config, slides: Sequence[SlideTiles]) -> list[ComposedField]:
+def plan_fields(config: Config, slides: Sequence[FigureTiles]) -> list[ComposedField]:
     """The fields of all splits, whose slides are apart."""
     parts = divide_slides(slides, config.split_shares, config.seed)
     fields = []

@@ -3,7 +3,8 @@
 A field is cut from its top left corner into whole tiles without overlap, which hold a lesion or
 none; what is left at the right and the bottom is not used (a 640 x 480 field gives 5 x 3 tiles of
 128 px). The slides of a split have balanced classes, few lesion tiles on a positive slide, and no
-tile is used twice.
+tile is used twice. Where the annotations name the original of each picture (the slide or patient
+that it was taken from), no original is in two slides either.
 """
 
 from __future__ import annotations
@@ -27,22 +28,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Field:
-    """A picture: name, size in px, and boxes (category, (x0, y0, x1, y1)) of positive area."""
+    """A picture: name, size in px, boxes (category, (x0, y0, x1, y1)) of positive area, and the
+    original that it was taken from, where that is known.
+    """
 
     file_name: str
     width: int
     height: int
     boxes: tuple[tuple[str, Box], ...]
+    original: str = ""
 
 
 @dataclass(frozen=True)
 class FieldTile:
-    """A tile of a field: left and top in px, and whether it holds (most of) a lesion."""
+    """A tile of a field: left and top in px, whether it holds (most of) a lesion, and the field's
+    original.
+    """
 
     file_name: str
     x: int
     y: int
     lesion: bool
+    original: str = ""
 
 
 def read_fields(annotations: Path) -> tuple[dict[str, Field], list[str], int]:
@@ -65,6 +72,7 @@ def read_fields(annotations: Path) -> tuple[dict[str, Field], list[str], int]:
                 int(item["width"]),
                 int(item["height"]),
                 tuple(boxes[item["id"]]),
+                str(item.get("original", "")),
             )
             for item in document["images"]
         ]
@@ -147,7 +155,7 @@ def cut_tiles(field: Field, side: int, lesion: str) -> list[FieldTile]:
         for x in range(0, field.width - side + 1, side):
             shares = [_measure_share(box, x, y, side) for box in targets]
             if any(share >= 0.5 for share in shares) or not any(shares):
-                tiles.append(FieldTile(field.file_name, x, y, lesion=any(shares)))
+                tiles.append(FieldTile(field.file_name, x, y, any(shares), field.original))
     return tiles
 
 
@@ -180,6 +188,8 @@ def compose_slides(
     Raises:
         UserError: there are too few lesion tiles or clean tiles for that many slides.
     """
+    if any(tile.original for tile in tiles):
+        return _compose_by_original(split, tiles, slides, tiles_per_slide, seed)
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
     lesions = _shuffle(rng, [tile for tile in tiles if tile.lesion])
     clean = _shuffle(rng, [tile for tile in tiles if not tile.lesion])
@@ -199,6 +209,59 @@ def compose_slides(
         ]
         composed.append(
             ComposedSlide(f"{split}_{number:04d}", split, count > 0, tuple(_shuffle(rng, own)))
+        )
+    return composed
+
+
+def _compose_by_original(
+    split: str, tiles: list[FieldTile], slides: int, tiles_per_slide: int, seed: tuple[int, ...]
+) -> list[ComposedSlide]:
+    """The same without an original in two slides."""
+    composed = _deal_originals(split, tiles, slides, tiles_per_slide, seed)
+    if composed is None:
+        most = next(
+            fewer
+            for fewer in range(slides - 1, -1, -1)
+            if _deal_originals(split, tiles, fewer, tiles_per_slide, seed) is not None
+        )
+        abnormal = {tile.original for tile in tiles if tile.lesion}
+        clean = {tile.original for tile in tiles} - abnormal
+        raise UserError(
+            f"split {split}: expected tiles for {slides} slides of {tiles_per_slide} without an "
+            f"original in two, found {len(abnormal)} originals with lesions and {len(clean)} "
+            f"clean ones, enough for {most}; set {split}_slides={most} or lower tiles_per_slide"
+        )
+    return composed
+
+
+def _deal_originals(
+    split: str, tiles: list[FieldTile], slides: int, tiles_per_slide: int, seed: tuple[int, ...]
+) -> list[ComposedSlide] | None:
+    """A positive slide takes its lesion tiles from one original; clean originals follow until a
+    slide is full, and what is left of an original is not used. None where they run out.
+    """
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+    abnormal = {tile.original for tile in tiles if tile.lesion}
+    by_original: dict[str, list[FieldTile]] = defaultdict(list)
+    for tile in _shuffle(rng, tiles):
+        if tile.lesion or tile.original not in abnormal:
+            by_original[tile.original].append(tile)
+    order = _shuffle(rng, sorted(by_original))
+    lesions = [by_original[name] for name in order if name in abnormal]
+    clean = [by_original[name] for name in order if name not in abnormal]
+    positives = [number < slides // 2 for number in range(slides)]
+    composed = []
+    for number, positive in enumerate(_shuffle(rng, positives), 1):
+        count = int(rng.integers(1, min(MOST_LESIONS, tiles_per_slide) + 1))
+        if positive and not lesions:
+            return None
+        own = lesions.pop()[:count] if positive else []
+        while len(own) < tiles_per_slide:
+            if not clean:
+                return None
+            own = own + clean.pop()[: tiles_per_slide - len(own)]
+        composed.append(
+            ComposedSlide(f"{split}_{number:04d}", split, positive, tuple(_shuffle(rng, own)))
         )
     return composed
 

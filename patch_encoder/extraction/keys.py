@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from patch_encoder.cohort.keys import CohortKeys
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction.loop import ExtractSettings
+from patch_encoder.models.encoders import Encoder, build_encoder
 from patch_encoder.models.pooling import POOLS
 from patch_encoder.stain.normaliser import KINDS, SCOPES, build_normaliser
 from wsi_common.config import REQUIRED, group, key
@@ -61,10 +62,35 @@ class StainKeys:
 
 
 @dataclass
-class ExtractionKeys(DeviceKeys, CohortKeys):
-    """Keys of every pass over a cohort's tiles; a script adds those of its encoder."""
+class NamedEncoderKeys(EncoderKeys):
+    """An encoder by name."""
+
+    encoder: str = key(
+        "stain_texture",
+        "encoder: a name that list_encoders prints, timm:<model>, "
+        "open_clip:<model>/<tag>, hf:<repo> or dino",
+    )
+    crop: bool = key(
+        True,
+        "centre crop where the encoder's own processor has one; false: the whole tile, resized",
+    )
+
+    def load_encoder(self) -> Encoder:
+        """The encoder of these keys."""
+        return build_encoder(self.encoder, self.weights, self.pool, self.layer, self.crop)
+
+
+@dataclass
+class CoordsKeys:
+    """Where the tiles of a cohort stand."""
 
     coords: str = key(REQUIRED, "folder of coordinates files", path=True)
+
+
+@dataclass
+class PassKeys(DeviceKeys, CohortKeys):
+    """Keys of every pass over a cohort's tiles."""
+
     output: str = key(
         REQUIRED,
         "where the results are written; bags go to <output>/<encoder>/h5_files",
@@ -103,7 +129,12 @@ class ExtractionKeys(DeviceKeys, CohortKeys):
 
 
 @dataclass
-class FeatureKeys(StainKeys, ExtractionKeys):
+class ExtractionKeys(CoordsKeys, PassKeys):
+    """Keys of a pass over tiles that are there; a script adds those of its encoder."""
+
+
+@dataclass
+class FeatureKeys(StainKeys, PassKeys):
     """Keys of the scripts that write feature bags."""
 
     max_bad_tiles: float = key(

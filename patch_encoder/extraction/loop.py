@@ -141,7 +141,7 @@ def cohort_jobs(
                 cohort.mpps.get(slide_id) or coordinates.geometry.mpp or None,
             )
         )
-    if shard.index == 1:  # once, not in every part
+    if shard.index == 1 or shard.divided:  # once, not in every part
         failures.add_all(without)
     return list(_know_again(shard.select(jobs), failures))
 
@@ -267,14 +267,7 @@ def encode_slides(
     """
     failures = Failures(STAGE)
     sequence = TileSequence(jobs, encoder.transform, settings.stain)
-    network = network or Network(
-        encoder.model,
-        settings.device,
-        settings.precision,
-        settings.batch_size,
-        settings.compiler,
-        settings.kernels,
-    )
+    network = network or build_network(encoder, settings)
     provenance = [bag_provenance(encoder, job.coordinates, settings) for job in jobs]
     limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
     assembly = Assembly(
@@ -288,6 +281,18 @@ def encode_slides(
             assembly.take(batch, features)
             bar.advance(sum(count for _, count in batch.counted))
     return Report(len(jobs), len(sequence), waiting.seconds, waiting.total, failures.rows)
+
+
+def build_network(encoder: Encoder, settings: ExtractSettings) -> Network:
+    """The encoder's network for these settings."""
+    return Network(
+        encoder.model,
+        settings.device,
+        settings.precision,
+        settings.batch_size,
+        settings.compiler,
+        settings.kernels,
+    )
 
 
 def kernels_provenance(network: Network) -> dict[str, str]:

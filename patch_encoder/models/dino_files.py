@@ -16,6 +16,7 @@ from patch_encoder.models.encoder_weights import PREFIXES, find_local_file, read
 from patch_encoder.models.transforms import Fit
 from wsi_common.errors import UserError
 from wsi_common.files import read_json
+from wsi_common.shared_weights import WEIGHTS
 
 DESCRIPTION = "encoder.json"  # beside the backbone that our own pre-training leaves
 Shapes = dict[str, tuple[int, ...]]
@@ -72,7 +73,8 @@ def describe_dino_file(weights: str) -> EncoderRow:
 def find_description(path: Path) -> Path | None:
     """The description that our own pre-training leaves beside `backbone.pt`, if there is one."""
     file = (path if path.is_dir() else path.parent) / DESCRIPTION
-    return file if file.is_file() and (path.is_dir() or path.name.startswith("backbone")) else None
+    ours = path.is_dir() or path.name == WEIGHTS or path.name.startswith("backbone")
+    return file if ours and file.is_file() else None
 
 
 def read_description(file: Path) -> EncoderRow:

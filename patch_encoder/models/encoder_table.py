@@ -407,6 +407,7 @@ CLASSICAL_ROWS = {
     "colour_statistics": EncoderRow(
         "classical", "colour_statistics", "", 33, Fit(None), licence="Apache-2.0"
     ),
+    "sharpness": EncoderRow("classical", "sharpness", "", 2, Fit(None), licence="Apache-2.0"),
 }
 # names of the same encoders in TRIDENT and in STAMP, where they differ from ours
 ALIASES = {

@@ -123,12 +123,13 @@ def fetch_hub_file(
         except NETWORK_ERRORS as error:
             reason = error
             break
-    raise UserError(_explain_unreachable(row, name, wanted, reason, key))
+    raise UserError(explain_unreachable(row, name, wanted, reason, key))
 
 
-def _explain_unreachable(
+def explain_unreachable(
     row: EncoderRow, name: str, wanted: tuple[str, ...], reason: Exception | None, key: str
 ) -> str:
+    """One line on a hub that cannot be reached or refuses: what to fetch, and where to put it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError
 

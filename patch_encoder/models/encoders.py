@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from patch_encoder.descriptors.colour_statistics import DIM as COLOUR_STATISTICS_DIM
 from patch_encoder.descriptors.colour_statistics import colour_statistics
 from patch_encoder.descriptors.mean_colour import mean_colour
+from patch_encoder.descriptors.sharpness import DIM as SHARPNESS_DIM
+from patch_encoder.descriptors.sharpness import sharpness
 from patch_encoder.descriptors.stain_texture import DIM as STAIN_TEXTURE_DIM
 from patch_encoder.descriptors.stain_texture import stain_texture
 from patch_encoder.models.backbones import build_backbone
@@ -34,6 +36,7 @@ CLASSICAL: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "stain_texture": (STAIN_TEXTURE_DIM, stain_texture),
     "mean_colour": (3, mean_colour),
     "colour_statistics": (COLOUR_STATISTICS_DIM, colour_statistics),
+    "sharpness": (SHARPNESS_DIM, sharpness),
 }
 LAYER_WIDTHS = {
     "resnet18": (64, 128, 256, 512),

@@ -15,15 +15,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from patch_encoder.models.encoder_table import Statistics
-from wsi_common.checkpoint import save_tensors
-from wsi_common.files import write_json, write_text
+from wsi_common.checkpoint import load_tensors, save_tensors
+from wsi_common.files import read_json, write_json, write_text
+from wsi_common.shared_weights import write_shared_weights
 
+BACKBONE = "backbone.pt"
 STUDENT_PREFIX = "module."  # of a student under DistributedDataParallel
 
 
 def save_backbone(path: Path, backbone: nn.Module) -> None:
     """Write a backbone's weights and buffers, on the CPU, by their plain names."""
     save_tensors(path, copy_to_cpu(backbone.state_dict()))
+
+
+def share_backbone(folder: Path, description: str, settings: Mapping[str, Any]) -> None:
+    """Write the backbone of a run once more, as `model.safetensors`.
+
+    Args:
+        folder: of the run, with `backbone.pt`.
+        description: name of the file there that says how the network is built.
+        settings: of the run.
+    """
+    file = folder / BACKBONE
+    described = {"backbone": read_json(folder / description, "the description of a backbone")}
+    content = {
+        "model": load_tensors(file, "a backbone"),
+        "config": {**described, "training": dict(settings)},
+    }
+    write_shared_weights(folder, content)
 
 
 def write_description(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from patch_encoder.pretraining.keys import LossKeys, OptimiserKeys
 from wsi_common.config import REQUIRED, group, key
 from wsi_common.device import PRECISIONS
-from wsi_common.run import Tracker
+from wsi_common.tracking import Tracker
 
 
 @dataclass

@@ -9,9 +9,10 @@ from pathlib import Path
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoder_weights import PREFIXES, load_encoder_weights, read_state
 from patch_encoder.prototypes.region_vit import RegionViT
-from wsi_common.checkpoint import load_tensors, load_weights
+from wsi_common.checkpoint import load_weights
 from wsi_common.errors import DamagedFile, UserError
 from wsi_common.files import read_json, write_json
+from wsi_common.shared_weights import find_weights
 
 DESCRIPTION, WEIGHTS = "region_encoder.json", "backbone.pt"
 HEAD_CHANNELS = 32  # of HIPT's vit4k_xs
@@ -65,7 +66,7 @@ def build_region_encoder(run: str | Path) -> tuple[RegionViT, RegionEncoderDescr
         UserError: no such file, or one that holds something else.
     """
     path = Path(run)
-    file = path / WEIGHTS if path.is_dir() else path
+    file = find_region_weights(path)
     described = file.parent / DESCRIPTION
     content = read_json(described, "the description of a region encoder")
     known = {field.name for field in fields(RegionEncoderDescription)}
@@ -76,8 +77,14 @@ def build_region_encoder(run: str | Path) -> tuple[RegionViT, RegionEncoderDescr
         )
     description = RegionEncoderDescription(**content)
     network = description.build()
-    load_weights(network, load_tensors(file, "the weights of a region encoder"), str(file))
+    load_weights(network, read_state(file), str(file))
     return network.eval().requires_grad_(False), description
+
+
+def find_region_weights(path: Path) -> Path:
+    """The weights file that a path to a region encoder means."""
+    backbone = path / WEIGHTS
+    return backbone if backbone.is_file() else find_weights(path)
 
 
 def open_region_encoder(weights: str) -> tuple[RegionViT, RegionEncoderDescription | None, Path]:
@@ -91,7 +98,7 @@ def open_region_encoder(weights: str) -> tuple[RegionViT, RegionEncoderDescripti
         UserError: no region encoder there.
     """
     path = Path(weights)
-    file = path / WEIGHTS if path.is_dir() else path
+    file = find_region_weights(path)
     if path.is_dir() or (file.parent / DESCRIPTION).is_file():
         return *build_region_encoder(path), file
     return read_hipt(file), None, file

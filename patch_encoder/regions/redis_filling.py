@@ -13,10 +13,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import redis
 
 from patch_encoder.regions.files import gather_tiles
-from patch_encoder.regions.redis_server import FORMAT, RegionServer, region_key, short_digest
+from patch_encoder.regions.redis_server import (
+    FORMAT,
+    RegionServer,
+    import_redis,
+    region_key,
+    short_digest,
+)
 from patch_encoder.regions.region_set import RegionSet
 from patch_encoder.regions.values import pack_value, value_bytes
 from wsi_common.errors import UserError
@@ -84,7 +89,7 @@ def _write(server: RegionServer, regions: RegionSet, chunk: Chunk, places: list[
         pipe.set(chunk.keys[place], chunk.values[place])
     try:
         pipe.execute()
-    except redis.OutOfMemoryError:
+    except import_redis().OutOfMemoryError:
         region = regions.describe(chunk.regions[places[0]])
         raise UserError(
             f"{server.name}: expected memory for {region}, found maxmemory reached; raise it "
@@ -151,7 +156,7 @@ def measure_key(server: RegionServer, size: int) -> int:
         try:
             server.client.set(key, bytes(size), ex=60)
             return int(server.client.memory_usage(key) or size)
-        except redis.OutOfMemoryError:  # the comparison with what is free says so
+        except import_redis().OutOfMemoryError:  # the comparison with what is free says so
             return size
         finally:
             server.client.delete(key)

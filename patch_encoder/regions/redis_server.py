@@ -11,10 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import redis
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
-
 from patch_encoder.regions.value_stream import CONNECT_SECONDS, REPLY_SECONDS
 from wsi_common.errors import UserError
 from wsi_common.memory import free_memory
@@ -28,6 +24,18 @@ START = "start one with tools/redis_server.sh and fill it with tools/load_redis.
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
+def import_redis() -> Any:
+    """The package, or one line that says how to get it."""
+    try:
+        import redis
+    except ImportError:
+        raise UserError(
+            "a Redis server: expected the package redis, found none; pip install 'redis>=5,<9', or "
+            "set store=hdf5, which needs no server"
+        ) from None
+    return redis
+
+
 class RegionServer:
     """A server, by its URL; connected when it is first asked something.
 
@@ -36,7 +44,7 @@ class RegionServer:
             environment, else localhost.
 
     Raises:
-        UserError: no such URL.
+        UserError: no such URL, or the package redis is missing.
     """
 
     def __init__(self, url: str = "") -> None:
@@ -46,6 +54,10 @@ class RegionServer:
             raise UserError(
                 f"redis_url={self.name}: expected redis://host:port/db or unix:///path/to/socket"
             )
+        redis = import_redis()
+        from redis.backoff import ExponentialBackoff
+        from redis.retry import Retry
+
         self.client = redis.Redis.from_url(
             self.url,
             socket_connect_timeout=CONNECT_SECONDS,
@@ -66,9 +78,10 @@ class RegionServer:
         Raises:
             UserError: no server, a wrong password, or a request that it refuses.
         """
+        errors = (import_redis().RedisError, OSError)
         try:
             yield
-        except (redis.RedisError, OSError) as error:
+        except errors as error:
             raise self.failure(error) from None
 
     def failure(self, error: Exception, what: str = "") -> UserError:
@@ -80,7 +93,7 @@ class RegionServer:
         """
         reason = " ".join(str(error).split()) or type(error).__name__
         wanted = what or "a Redis server"
-        if isinstance(error, redis.AuthenticationError) or "NOAUTH" in reason:
+        if isinstance(error, import_redis().AuthenticationError) or "NOAUTH" in reason:
             remedy = "give the password, as in redis://:password@host:port"
         else:
             remedy = f"{START}, or set store=hdf5"
@@ -125,7 +138,7 @@ class RegionServer:
             )
         try:
             snapshots = self.client.config_get("save").get("save", "")
-        except redis.ResponseError:  # a managed server tells nobody
+        except import_redis().ResponseError:  # a managed server tells nobody
             snapshots = ""
         if snapshots or info.get("aof_enabled"):
             logger.warning(

@@ -26,6 +26,7 @@ class Slide(ABC):
     Threads may read at a time.
 
     Attributes:
+        path: the file or folder.
         slide_id: file name without its suffix (`.ome.tif` is one), or folder name.
         width, height: size of level 0 in pixels.
         resolution: um per level-0 pixel, where it comes from, objective power.
@@ -42,6 +43,7 @@ class Slide(ABC):
         threads: how many may read an overview or measure tiles.
     """
 
+    path: Path
     slide_id: str
     width: int
     height: int

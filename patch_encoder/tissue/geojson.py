@@ -88,7 +88,7 @@ def read_geojson(path: str | Path, bounds: tuple[int, int]) -> list[Shape]:
         UserError: no JSON, no GeoJSON, broken coordinates, or only points and lines.
     """
     content = read_json(path, "outlines as GeoJSON")
-    features = list(_list_features(content, str(path)))
+    features = list(list_features(content, str(path)))
     shapes = [shape for feature in features for shape in _list_shapes(feature, str(path))]
     if features and not shapes:
         raise UserError(
@@ -97,12 +97,13 @@ def read_geojson(path: str | Path, bounds: tuple[int, int]) -> list[Shape]:
     return [Shape(shape.outline.moved(*bounds), shape.name) for shape in shapes]
 
 
-def _list_features(content: Any, source: str) -> Iterator[dict[str, Any]]:
+def list_features(content: Any, source: str) -> Iterator[dict[str, Any]]:
+    """Every feature of parsed GeoJSON, in any of the shapes that `read_geojson` takes."""
     if isinstance(content, list):
         for item in content:
-            yield from _list_features(item, source)
+            yield from list_features(item, source)
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
-        yield from _list_features(content.get("features", []), source)
+        yield from list_features(content.get("features", []), source)
     elif isinstance(content, dict) and content.get("type") == "Feature":
         yield content
     elif isinstance(content, dict) and ("coordinates" in content or "geometries" in content):

@@ -92,7 +92,7 @@ def cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "detector.pt").write_bytes(b"weights")
     monkeypatch.setattr(
         detect_slide,
-        "load_detector",
+        "open_detector",
         lambda path: (DarkSquares(), dict(DESCRIPTION)),
     )
     return tmp_path
@@ -167,7 +167,7 @@ def test_auto_takes_scale_and_score_from_the_checkpoint(
 ) -> None:
     field = {"mpp": 0.25, "side": 256, "resize": 0.25}  # 1 um per pixel: tiles have 0.5
     trained = DESCRIPTION | {"field": field, "operating_point": {"min_score": 0.42, "f1": 1.0}}
-    monkeypatch.setattr(detect_slide, "load_detector", lambda path: (DarkSquares(), trained))
+    monkeypatch.setattr(detect_slide, "open_detector", lambda path: (DarkSquares(), trained))
     assert detect(cohort) == 0
     info = read(cohort)["info"]
     assert (info["scale"], info["min_score"]) == (0.5, 0.42) and "larger" not in caplog.text
@@ -183,7 +183,7 @@ def test_a_checkpoint_that_states_nothing_is_one_line_each(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bare = {"categories": DESCRIPTION["categories"]}
-    monkeypatch.setattr(detect_slide, "load_detector", lambda path: (DarkSquares(), bare))
+    monkeypatch.setattr(detect_slide, "open_detector", lambda path: (DarkSquares(), bare))
     assert detect(cohort, "min_score=0.3") == 2
     error = capsys.readouterr().err
     assert "error: scale=auto: expected a checkpoint that states the resolution" in error

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from detection_kd import engine
+from detection_kd import engine, train_detector
 from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.models.backbone import Backbone, load_backbone
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector, place_detector
 from detection_kd.models.deformable_transformer import Architecture, Detections
-from detection_kd.train_detector import Config, build_initial_model, main
+from detection_kd.models.given_trunk import wrap_trunk
+from detection_kd.train_detector import Config, build_initial_model, has_stalled, main
 from tests.detection_kd.detector_runs import SMALL_TRUNK, TINY, write_detection_sets
 from wsi_common.cli import run
 from wsi_common.config import load_config
@@ -390,3 +391,64 @@ def test_loss_uses_every_box_and_both_stages() -> None:
     torch.testing.assert_close(
         loss, sum(weights[name.partition("_")[0]] * value for name, value in terms.items())
     )
+
+
+def test_patience_counts_evaluations_since_the_best() -> None:
+    every = {"output": "", "train": "", "val": "", "images": "", "epochs": 9, "eval_every": 2}
+    config = Config(**every, patience=2)
+    assert [has_stalled(config, epoch, {"epoch": 2}) for epoch in range(2, 8)] == [
+        *[False] * 4,  # epoch 4 is the first evaluation without a better one
+        True,  # after epoch 6
+        True,
+    ]
+    assert not has_stalled(config, 3, {})  # one evaluation, none of them good
+    assert has_stalled(config, 9, {"epoch": 6})  # the last epoch is always evaluated
+    assert not any(has_stalled(Config(**every), epoch, {"epoch": 2}) for epoch in range(10))
+
+
+@pytest.mark.process
+def test_stopped_early_with_merged_classes_repeats_and_stain(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All further switches at once; a run that was interrupted stops where the whole one does."""
+    ranks = iter([0.5, 0.4, 0.4, 0.9, 0.4, 0.4])
+
+    def measure(*arguments: object) -> dict[str, float]:
+        return {"AP": next(ranks)}
+
+    monkeypatch.setattr(train_detector, "average_precision", measure)
+    changes = [
+        *SMALL_TRUNK, "epochs=5", "patience=2", "class_map={lesion: cell}", "augmentation.stain=0.1",
+        "repeat_threshold=1",
+    ]  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(main, Config, arguments(inputs, whole, *changes)) == 0
+    assert [line["epoch"] for line in metrics(whole) if "AP" in line] == [1, 2, 3]
+    assert json.loads((whole / "results.json").read_text())["AP"] == 0.5
+    config = load_detector(whole / "checkpoint_best.pt")[1]
+    assert config["categories"] == ["cell"]
+    assert config["training"]["class_map"] == {"lesion": "cell"}
+    # the same from the checkpoint after its last epoch: nothing is trained on
+    (whole / "results.json").unlink()
+    assert run(main, Config, arguments(inputs, whole, *changes)) == 0
+    assert next(ranks) == 0.9 and not broken.exists()
+    assert len([line for line in metrics(whole) if "AP" in line]) == 3
+
+
+def test_a_trunk_given_as_an_object_is_trained(inputs: list[str], tmp_path: Path) -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = nn.ModuleList(nn.Conv2d(3, 8, s, stride=s) for s in (8, 16, 32))
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [step(x) for step in self.steps]
+
+    trunk = wrap_trunk(Maps())
+    before = trunk.body.steps[1].weight.clone()
+    config = config_of(inputs, tmp_path, "epochs=1", "overlays=0")
+    assert main(config, trunk) == 0
+    assert not torch.equal(trunk.body.steps[1].weight, before)
+    best = tmp_path / "run" / "checkpoint_best.pt"
+    model, _ = load_detector(best, trunk=wrap_trunk(Maps()))
+    assert torch.equal(model.backbone.body.steps[1].weight, trunk.body.steps[1].weight)

@@ -1,4 +1,4 @@
-"""The README, CONTRIBUTING and the pages of docs/: they build, no link is dead, and what they name
+"""The README, CONTRIBUTING, AGENTS and the pages of docs/: they build, no link is dead, and what they name
 is there.
 """
 
@@ -22,6 +22,7 @@ from wsi_common.config import describe
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "AGENTS.md",
     *sorted(path for path in (ROOT / "docs").rglob("*.md") if "build" not in path.parts),
 ]
 LONGEST = {"README.md": 250}  # lines; every other page has at most 300

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patch_encoder import tile_slides
 from patch_encoder.extraction import tile_batches
 from patch_encoder.tile_stream.plan import Draw
 from patch_encoder.tile_stream.reader import TileReader
+from patch_encoder.tissue import slide_tiles
 from tests.fault_drill.case import UNSUPPORTED
 
 Damage = Callable[[Path], None]
@@ -221,14 +221,14 @@ def at_overview(slide: str, act: Callable[[], None]) -> Callable[[], None]:
     """`act` when the tiling comes to this slide."""
 
     def inside() -> None:
-        read = tile_slides.read_overview
+        read = slide_tiles.read_overview
 
         def reader(opened: object, side: int) -> object:
             if opened.slide_id == slide:  # type: ignore[attr-defined]
                 act()
             return read(opened, side)  # type: ignore[arg-type]
 
-        tile_slides.read_overview = reader  # type: ignore[assignment]
+        slide_tiles.read_overview = reader  # type: ignore[assignment]
 
     return inside
 

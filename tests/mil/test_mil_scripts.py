@@ -81,6 +81,13 @@ def test_heatmap_script_leaves_out_what_is_not_given(root: Path, tmp_path: Path)
     assert done.returncode == 0 and done.stdout.splitlines() == expected
 
 
+def test_prediction_script_hands_on_what_it_knows(root: Path, tmp_path: Path):
+    given = {"RUN": "my run", "FEATURES": "b ags", "OUTPUT": "out put", "LABELS": "l.csv"}
+    done = run(root, "tools/mil_predict.sh", tmp_path, "heatmaps=true", **given)
+    expected = ["run=my run", "features=b ags", "output=out put", "labels=l.csv", "heatmaps=true"]
+    assert done.stdout.splitlines() == ["-m", "mil.predict", *expected], done.stderr
+
+
 @pytest.mark.parametrize("script", list(PLAIN))
 def test_script_without_a_recipe_does_so_too(root: Path, tmp_path: Path, script: str):
     module, given, expected = PLAIN[script]

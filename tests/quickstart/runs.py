@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.helpers import ROOT
 
-FEATURE_SETS = {"stain_texture", "student", "mean_colour"}
+FEATURE_SETS = {"imagenet_lite0", "student", "stain_texture", "mean_colour"}
 SMALL = {
     "DETECTOR": "epochs=1 architecture.encoder_layers=1 architecture.decoder_layers=1",
     "RANK": "training.epochs=2 training.min_epochs=1 top_k=6 extra_random=2 workers=0",

@@ -73,10 +73,13 @@ def test_summary_has_what_it_promises(whole: Path) -> None:
         > 5e5
     )
     assert sets["stain_texture"]["parameters"] == 0
+    assert sets["imagenet_lite0"]["parameters"] > 3e6
     assert summary["wall_seconds"] > 0
     assert len(summary["stages"]) >= 10
     page = (whole / "report.html").read_text()
-    assert "stain_texture" in page
+    assert "stain_texture" in page and "imagenet_lite0" in page
+    teacher = json.loads((whole / "distillation" / "distillation.json").read_text())
+    assert "imagenet_lite0" in json.dumps(teacher), "whom the student imitates"
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
@@ -89,7 +92,8 @@ def test_the_killed_run_has_the_features_and_the_table_of_one_without_a_kill(
     keys = ["--config", str(CONFIGS / "student.yaml"), *cohort, *student, f"output={tmp_path}"]
     extract_student.main(load_config(extract_student.Config, [*keys, "workers=0"]))
     assert contents(tmp_path / "student") == contents(whole / "features" / "student")
-    places = [whole / "features/stain_texture", tmp_path / "student", whole / LOST]
+    made = [whole / "features" / name for name in ("imagenet_lite0", "stain_texture")]
+    places = [made[0], tmp_path / "student", made[1], whole / LOST]
     keys = ["--config", str(CONFIGS / "mil.yaml"), cohort[1], f"output={tmp_path}/mil"]
     keys += [f"features=[{','.join(map(str, places))}]", *SMALL["MIL"].split(), "isolated=false"]
     assert benchmark.main(load_config(benchmark.Config, keys)) == 0

@@ -30,8 +30,9 @@ from wsi_common.config import key
 from wsi_common.device import autocast, pick_device, pick_precision
 from wsi_common.distributed import World, all_reduce_mean, gather_objects, mean_dict
 from wsi_common.errors import UserError
-from wsi_common.run import Run, Tracker, open_run
+from wsi_common.run import Run, open_run
 from wsi_common.seed import epoch_generator, rng_state, seed_everything, set_rng_state
+from wsi_common.tracking import Tracker
 
 WORLD = World(0, 1, torch.device("cpu"))
 

@@ -40,7 +40,7 @@ class Config:
     """Keys of the build."""
 
     ops: list[str] = key(
-        ["detection_kd/ops", "mil/ops"], "folders with csrc/, from the repository's root"
+        ["detection_kd/ops", "mil/ops"], "folders with csrc/; beside the package wsi_common"
     )
     cuda: str = key(
         "auto",

@@ -82,7 +82,9 @@ def library_path(ops: Path, kind: str) -> Path:
 def load_library(path: Path) -> str | None:
     """Load a library of operators; None, or the reason why it cannot be."""
     if not path.is_file():
-        return f"{path.name} is not built (bash tools/build_ops.sh)"
+        return (
+            f"{path.name} is not built (bash tools/build_ops.sh, or python -m wsi_common.ops.build)"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
-from patch_encoder.demo.histology.figure_crops import TILE, SlideTiles, darkest_place
+from patch_encoder.demo.histology.figure_crops import TILE, FigureTiles, darkest_place
 from patch_encoder.demo.histology.point_files import NO_POINTS, PointField
 from wsi_common.errors import UserError
 
@@ -40,8 +40,8 @@ class ComposedField:
 
 
 def divide_slides(
-    slides: Sequence[SlideTiles], shares: Sequence[float], seed: int
-) -> list[list[SlideTiles]]:
+    slides: Sequence[FigureTiles], shares: Sequence[float], seed: int
+) -> list[list[FigureTiles]]:
     """Deal the slides to as many parts as there are shares; each keeps the order of names."""
     order = np.random.default_rng((seed, 2)).permutation(len(slides))
     ends = np.rint(np.cumsum(shares) * len(slides)).astype(int)
@@ -50,7 +50,7 @@ def divide_slides(
 
 def compose_fields(
     split: str,
-    slides: Sequence[SlideTiles],
+    slides: Sequence[FigureTiles],
     count: int,
     positive: int,
     look_alike: int,
@@ -80,11 +80,11 @@ def compose_fields(
 
 
 NO_TILES = np.zeros((0, TILE, TILE, 3), np.uint8)
-Content = tuple[SlideTiles, np.ndarray, np.ndarray]
+Content = tuple[FigureTiles, np.ndarray, np.ndarray]
 
 
 def _deal_figures(
-    rng: np.random.Generator, slides: Sequence[SlideTiles], count: int, split: str
+    rng: np.random.Generator, slides: Sequence[FigureTiles], count: int, split: str
 ) -> list[Content]:
     """(slide, its figures in this field, no look-alike) of `count` positive fields."""
     left = {number: list(rng.permutation(len(s.figures))) for number, s in enumerate(slides)}
@@ -112,7 +112,7 @@ def _lay_tiles(
     rng: np.random.Generator,
     name: str,
     split: str,
-    slide: SlideTiles,
+    slide: FigureTiles,
     figures: np.ndarray,
     dark: np.ndarray,
 ) -> ComposedField:

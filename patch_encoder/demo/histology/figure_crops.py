@@ -35,7 +35,7 @@ DARK_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class SlideTiles:
+class FigureTiles:
     """The tiles of one slide, UInt8 (N, TILE, TILE, 3) each.
 
     Attributes:
@@ -50,7 +50,7 @@ class SlideTiles:
     dark: np.ndarray
 
 
-def read_slide_tiles(folder: Path) -> tuple[list[SlideTiles], int]:
+def read_slide_tiles(folder: Path) -> tuple[list[FigureTiles], int]:
     """Slides in the order of their names, and the number of crops with black borders, left out.
 
     Raises:
@@ -79,7 +79,7 @@ def read_slide_tiles(folder: Path) -> tuple[list[SlideTiles], int]:
         ordinary = np.array(plain[slide], np.uint8).reshape(-1, TILE, TILE, 3)
         order = np.argsort([darkest_place(tile)[0] for tile in ordinary], kind="stable")
         dark = ordinary[order[: max(1, round(DARK_SHARE * len(ordinary)))]]
-        tiles.append(SlideTiles(slide.split(".")[0], np.stack(figures[slide]), ordinary, dark))
+        tiles.append(FigureTiles(slide.split(".")[0], np.stack(figures[slide]), ordinary, dark))
     return tiles, left_out
 
 

@@ -136,6 +136,52 @@ def test_the_validation_set_gives_the_figures_of_the_training(folder: Path, fini
     at_score = results["at_score"]
     assert list(at_score) == ["ASC", "HSIL", "none of these"]  # in the order of the ids
     assert sum(row["hits"] + row["misses"] for row in at_score.values()) == len(boxes)
+    confusion = results["confusion"]
+    assert confusion["classes"] == [*at_score, "background"]
+    counts = np.array(confusion["annotated_by_detected"])
+    assert counts[:3].sum() == len(boxes)
+    assert np.diag(counts)[:3].tolist() == [row["hits"] for row in at_score.values()]
+    assert counts[:, :3].sum() == sum(
+        row["hits"] + row["false_positives"] for row in at_score.values()
+    )
+
+
+def test_results_of_another_detector_are_measured_alike(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own predictions, read back as any detector's, are worth what they were."""
+    other = ("detector=", f"results={finished}/predictions.json")
+    assert evaluate(folder, tmp_path / "e", *other) == 0
+    own, found = read(finished / "results.json"), read(tmp_path / "e" / "results.json")
+    for name in ("seconds", "images_per_second", "settings", "detector_sha256"):
+        del own[name]
+    assert found["results_sha256"] == sha256_file(finished / "predictions.json")
+    assert {name: found[name] for name in own} == pytest.approx(own, nan_ok=True)
+    assert evaluate(folder, tmp_path / "e", *other) == 0  # finished
+    for both in (f"results={finished}/predictions.json", "detector="):
+        assert evaluate(folder, tmp_path / "b", both) == 2
+        assert "give one of them" in capsys.readouterr().err
+
+
+def test_classes_are_merged_in_annotations_and_detections(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = "class_map={HSIL: lesion, ASC: lesion, 'none of these': null}"
+    assert evaluate(folder, tmp_path / "a", merged) == 0
+    other = ("detector=", f"results={finished}/predictions.json")
+    assert evaluate(folder, tmp_path / "b", merged, *other) == 0
+    own, found = (read(tmp_path / name / "results.json") for name in "ab")
+    assert list(own["at_score"]) == ["lesion"] == list(found["at_score"])
+    assert own["AP"] == pytest.approx(found["AP"]) and own["at_score"] == found["at_score"]
+    assert own["boxes"] == read(finished / "results.json")["boxes"]
+    one = sum(row["hits"] for row in read(finished / "results.json")["at_score"].values())
+    assert own["at_score"]["lesion"]["hits"] >= one > 0
+    assert {row["category_id"] for row in read(tmp_path / "a" / "predictions.json")} == {2}
+    assert evaluate(folder, tmp_path / "c", "class_map={HSILL: lesion}") == 2
+    assert "HSIL" in capsys.readouterr().err
+    # what a training merged, its checkpoint merges again
+    chosen = changed(folder, tmp_path, config={"categories": ["lesion", "x", "y"]})
+    assert evaluate(folder, tmp_path / "d", chosen) == 2
 
 
 def test_pycocotools_reads_the_predictions_with_the_same_result(
@@ -173,7 +219,7 @@ def test_score_and_precision_come_from_the_checkpoint(folder: Path, tmp_path: Pa
 
 def test_pictures_are_there_and_open(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.suffix == ".png"}
-    assert names == {"precision_recall.png", "froc.png"}
+    assert names == {"precision_recall.png", "froc.png", "confusion.png"}
     for path in [*finished.glob("*.png"), *finished.glob("overlays/*.jpg")]:
         with Image.open(path) as image:
             image.load()

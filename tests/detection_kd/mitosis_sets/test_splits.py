@@ -94,7 +94,7 @@ def test_a_published_split_without_validation_draws_it_from_training(real_data: 
 def test_published_splits_have_the_published_sizes(
     name: str, counts: tuple[int, ...], root: Path
 ) -> None:
-    table = read_split(root / "configs/uts/splits" / f"{name}.csv")
+    table = read_split(root / "detection_kd/mitosis_sets/published_splits" / f"{name}.csv")
     assert tuple(list(table.values()).count(side) for side in SPLITS) == counts
 
 

@@ -20,7 +20,9 @@ from torch.autograd import forward_ad
 
 from detection_kd.ops import ms_deform_attn as door
 from detection_kd.ops.compiled import BACKWARD, OPS, choose_kernels, unavailable
+from detection_kd.ops.gather import ms_deform_attn_gather
 from detection_kd.ops.ms_deform_attn import ms_deform_attn, takes_compiled
+from detection_kd.ops.reference import ms_deform_attn_reference
 from wsi_common.errors import UserError
 from wsi_common.ops.compiled_op import warn_once
 from wsi_common.ops.native import Unit, build, cpu_units, library_path
@@ -520,3 +522,20 @@ def test_a_build_that_fails_says_where_its_log_is_and_leaves_no_library(tmp_path
         build(ops, "cpu", units)
     assert not library_path(ops, "cpu").exists()
     assert "broken.cpp" in library_path(ops, "cpu").with_suffix(".log").read_text()
+
+
+@pytest.mark.parametrize("shapes", [[(3, 5)], [(4, 6), (2, 3), (1, 1)]])
+def test_gather_form_equals_the_reference(shapes: list[tuple[int, int]]) -> None:
+    """The exported form, inside the levels, on their borders and outside of them."""
+    generator = torch.Generator().manual_seed(3)
+    cells, levels = sum(h * w for h, w in shapes), len(shapes)
+    value = torch.randn(2, cells, 3, 4, generator=generator, dtype=torch.float64)
+    locations = torch.rand(2, 7, 3, levels, 5, 2, generator=generator, dtype=torch.float64)
+    locations = locations * 1.6 - 0.3
+    locations[:, 0] = 0.0
+    locations[:, 1] = 1.0
+    weights = torch.rand(2, 7, 3, levels, 5, generator=generator, dtype=torch.float64)
+    flat = locations.flatten(3, 4), weights.flatten(3, 4)
+    wanted = ms_deform_attn_reference(value, shapes, [5] * levels, *flat)
+    found = ms_deform_attn_gather(value, shapes, locations, weights)
+    assert found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-12)

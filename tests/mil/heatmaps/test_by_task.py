@@ -21,7 +21,8 @@ import mil.heatmaps.scores as tile_scores
 from mil.datasets.splits import Split
 from mil.evaluate import read_benchmark
 from mil.figures.example_slides import Choice, make_example
-from mil.heatmap import Config, load_model, main
+from mil.heatmap import Config, main
+from mil.heatmaps.cohort import load_model
 from mil.heatmaps.scores import score_bag, score_tiles_alone
 from mil.heatmaps.sources import SlidePrediction, read_from_benchmark
 from mil.tasks.records import Verdict

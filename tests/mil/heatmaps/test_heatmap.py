@@ -22,8 +22,10 @@ from PIL import Image
 
 import mil.benchmark as benchmark
 import mil.train as training
-from mil import evaluate, heatmap
-from mil.heatmap import Config, Scored, draw_one, main
+from mil import evaluate
+from mil.heatmap import Config, main
+from mil.heatmaps import cohort as heatmap_cohort
+from mil.heatmaps.cohort import FoldScorer, Scored, draw_one
 from mil.heatmaps.scores import TileScores, compute_percentile_ranks, score_bag
 from mil.heatmaps.settings import Drawing
 from mil.heatmaps.slide import Inputs, _check_prediction
@@ -560,7 +562,7 @@ def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPa
     source = read_from_benchmark(bench, "", "abmil", None)
     loads = []
     monkeypatch.setattr(
-        heatmap,
+        heatmap_cohort,
         "load_classifier",
         lambda path, device: (loads.append(path), load_classifier(path, device))[1],
     )
@@ -569,7 +571,7 @@ def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPa
         (judged, Inputs(bag / f"{judged.slide_id}.h5", None, None, None), {})
         for judged in source.slides
     ]
-    jobs = Scored(pending, Drawing(), torch.device("cpu"))
+    jobs = Scored(pending, FoldScorer(Drawing(), torch.device("cpu")))
     assert loads == [] and len(jobs) == 16
     assert [job.judged for job in jobs] == source.slides
     assert loads == sorted({judged.checkpoint for judged in source.slides}) and len(loads) == 2
@@ -581,7 +583,7 @@ def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPa
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:  # one slide that is too large stops no other
-        patch.setattr(heatmap, "score_slide", fail)
+        patch.setattr(heatmap_cohort, "score_slide", fail)
         assert "s03.h5: expected memory" in next(
             str(job.scores) for job in jobs if job.judged.slide_id == "s03"
         )

@@ -18,7 +18,7 @@ from mil.models import build, deform_mil
 from mil.ops.grid import build_grid
 from mil.training.engine import CLASSES, examine, train_one_epoch
 from mil.training.epochs import draws
-from mil.training.prediction import grid_for, predict
+from mil.training.prediction import predict, side_inputs
 from mil.training.recipes import Recipe
 from patch_encoder.bags.bag import make_bag, slide_grid
 from patch_encoder.bags.writer import write_bag
@@ -79,7 +79,7 @@ def test_the_model_sees_a_draw_as_a_part_of_its_bag() -> None:
         (tiles, torch.stack(corners))
     ).unique()  # with both corners: their own grid is the bag's
     sample, model = Sample("s", make_bag(x, coords), 0), deform().eval()
-    drawn = model(*sample.load(tiles), **grid_for(model, sample))
+    drawn = model(*sample.load(tiles), **side_inputs(model, sample))
     expected = deform(step=256.0).eval()(x[tiles], coords[tiles])
     assert torch.equal(drawn.logits, expected.logits) and torch.equal(
         drawn.attention, expected.attention

@@ -24,6 +24,7 @@ from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.bags.writer import BagWriter, write_bag
 from patch_encoder.cohort import disk_space
+from patch_encoder.cohort import tiling as tiling_loop
 from patch_encoder.extraction import loop as engine
 from patch_encoder.models.encoders import Encoder, build_encoder
 from patch_encoder.models.transforms import ToInputSize
@@ -146,7 +147,7 @@ def test_a_place_that_cannot_be_written_is_one_line_before_any_work(
 
     monkeypatch.setattr(os, "open", read_only)
     monkeypatch.setattr(engine, "encode_slides", lambda *_, **__: opened.append("bags"))
-    monkeypatch.setattr(tile_slides, "tile_all", lambda *_: opened.append("tiles") or [])
+    monkeypatch.setattr(tiling_loop, "tile_all", lambda *_: opened.append("tiles") or [])
     assert extract(cohort) == 2
     tiling = [f"slides={cohort}/slides", f"output={cohort}/again"]
     assert run(tile_slides.main, tile_slides.Config, tiling) == 2
@@ -162,7 +163,7 @@ def test_a_disk_that_fills_while_tiling_is_one_line_and_the_end(
     def full(path: Path, *_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(tile_slides, "write_tiles", full)
+    monkeypatch.setattr(tiling_loop, "write_tiles", full)
     tiling = [f"slides={cohort}/slides", f"output={cohort}/again", f"workers={workers}"]
     assert run(tile_slides.main, tile_slides.Config, tiling) == 2
     error = capsys.readouterr().err.splitlines()[-1]

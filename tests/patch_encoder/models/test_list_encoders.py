@@ -11,6 +11,7 @@ import torch
 from patch_encoder import list_encoders
 from patch_encoder.models.encoder_table import ENCODERS
 from patch_encoder.models.encoders import build_encoder
+from patch_encoder.slide_encoders.table import SLIDE_ENCODERS
 from wsi_common.cli import run
 
 
@@ -22,7 +23,7 @@ def printed(capsys: pytest.CaptureFixture[str], *keys: str) -> str:
 def test_every_encoder_has_one_line_with_what_a_user_needs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lines = printed(capsys).splitlines()
+    lines = printed(capsys, "kind=tile").splitlines()
     assert lines[0].split() == list(list_encoders.COLUMNS)
     assert [line.split()[0] for line in lines[1 : len(ENCODERS) + 1]] == list(ENCODERS)
     uni = next(line for line in lines if line.startswith("uni "))
@@ -41,8 +42,26 @@ def test_every_encoder_has_one_line_with_what_a_user_needs(
     assert "timm:<model>" in lines[-1]
 
 
+def test_every_slide_encoder_has_one_line_with_its_tile_encoder_and_licence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = printed(capsys, "kind=slide").splitlines()
+    assert [line.split()[0] for line in lines[3:]] == list(SLIDE_ENCODERS)
+    titan = next(line for line in lines if line.startswith("titan "))
+    assert titan.split() == [
+        *("titan", "768", "conch_v1_5", "0.5", "512", "yes", "yes"),
+        *("CC-BY-NC-ND-4.0", "yes", "MahmoodLab/TITAN"),
+    ]
+    for name, row in SLIDE_ENCODERS.items():
+        assert set(row.tile_encoders) <= ENCODERS.keys(), name
+        widths = {ENCODERS[tiles].width for tiles in row.tile_encoders}
+        assert widths <= {row.in_dim}, name
+    both = printed(capsys)
+    assert "timm:<model>" in both and lines[3] in both
+
+
 def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = json.loads(printed(capsys, "json=true"))
+    rows = json.loads(printed(capsys, "json=true", "kind=tile"))
     assert {row["name"]: row["dim"] for row in rows} == {
         name: row.width for name, row in ENCODERS.items()
     }

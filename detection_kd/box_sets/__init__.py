@@ -1,0 +1,1 @@
+"""Sets of annotated boxes: read from other layouts than COCO's, checked and described."""
