@@ -263,7 +263,7 @@ def test_heatmaps_are_means_over_the_models(tmp_path: Path):
     for path in (new / "slides").iterdir():
         path.rename(path.with_name(f"new_{path.name}"))
     bench = train_benchmark(old, tmp_path / "bench", "models=[abmil]")
-    more = ("heatmaps=true", f"slides={new}/slides", "workers=0", "drawing.max_side=64")
+    more = ("draw_heatmaps=true", f"slides={new}/slides", "workers=0", "drawing.max_side=64")
     labels = f"labels={new}/labels.csv"
     out = tmp_path / "out"
     assert predict_with(bench, new / "bags", out, labels, *more) == 0
