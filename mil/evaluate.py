@@ -16,6 +16,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from mil.datasets.case_bags import POOLED
 from mil.evaluation.benchmark_folder import read_task
 from mil.evaluation.operating import RULES, with_threshold
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
@@ -50,6 +51,12 @@ class Config:
     positive: str | None = key(
         None, "label of the positive class; null: the last column prob_<class>"
     )
+    unit: str = key(
+        "slide",
+        "what one prediction is of; case_mean, case_max: a patient, with the mean of the slides or "
+        "the one that shows most, of a benchmark that was trained with unit=slide",
+        choices=("slide", *POOLED),
+    )
     threshold: str = key(
         "youden",
         "cut on two classes, chosen on validation slides: best J, or a rate to reach",
@@ -69,11 +76,11 @@ class Config:
     )
 
 
-def read_benchmark(folder: Path) -> tuple[list[FinishedRun], Task]:
-    """Read the finished runs of a benchmark, in the order of its own tables."""
+def read_benchmark(folder: Path, unit: str = "slide") -> tuple[list[FinishedRun], Task]:
+    """Read the finished runs of a benchmark, in the order of its own tables, by slide or pooled."""
     summary = read_json(folder / "summary.json", "a benchmark's summary")
     task = read_task(summary)
-    finished = read_benchmark_runs(folder, summary, summary["models"], task)
+    finished = read_benchmark_runs(folder, summary, summary["models"], task, unit)
     if not finished:
         raise UserError(f"{folder}: expected finished runs below runs/, found none")
     return finished, task
@@ -102,12 +109,15 @@ def main(config: Config) -> None:
     if not config.output and not config.benchmark:
         raise UserError("missing key 'output': expected a folder; add output=...")
     if config.benchmark:
-        finished, task = read_benchmark(Path(config.benchmark))
+        finished, task = read_benchmark(Path(config.benchmark), config.unit)
     else:
+        if config.unit != "slide":
+            raise UserError(f"unit={config.unit}: expected benchmark=<folder>; leave it out")
         finished, task = read_tables(config.predictions, config.task, config.positive)
     if task.positive is not None:
         finished = with_threshold(finished, config.threshold, config.target)
-    output = Path(config.output or f"{config.benchmark}/evaluation")
+    ending = "" if config.unit == "slide" else f"_{config.unit}"
+    output = Path(config.output or f"{config.benchmark}/evaluation{ending}")
     summary = write_evaluation(output, finished, task, config.resamples, config.seed, config.xlsx)
     if config.figures:
         from mil.figures.by_task import draw_task  # matplotlib takes a second to load

@@ -45,7 +45,6 @@ from mil.heatmaps.sources import (
     read_from_run,
 )
 from mil.tasks.keys import SlideKeys
-from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
 from wsi_common.cli import launch
@@ -162,13 +161,7 @@ def write_attention(
     found = [judged for judged in chosen if judged.slide_id in inputs]
     if found:
         check_maps(load(found[0].checkpoint))
-    slides = []
-    for judged in found:
-        given = inputs[judged.slide_id]
-        try:
-            slides.append((judged.slide_id, open_bag(given.bag, given.coords), [judged.checkpoint]))
-        except UserError as error:
-            failures.add(judged.slide_id, str(error))
+    slides = [(j.slide_id, inputs[j.slide_id].bag, [j.checkpoint]) for j in found]
     folder, names = Path(config.output) / "attention", source.task.names
     write_all_maps(folder, slides, load, names, failures, overwrite=config.overwrite)
 

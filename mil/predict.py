@@ -2,7 +2,7 @@
 
     python -m mil.predict run=runs/mil features=runs/other/resnet50 output=runs/predicted
     python -m mil.predict run=runs/mil features=runs/other/resnet50 labels=other/labels.csv
-    output=runs/predicted heatmaps=true slides=other/slides
+    output=runs/predicted draw_heatmaps=true slides=other/slides
 
 Writes predictions.csv (the mean of all models, its spread, the call by the cuts that were chosen on
 the validation slides of the training, calibrated probabilities) and members.csv (each model alone);
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mil.datasets.case_bags import UNITS
 from mil.datasets.splits import list_names
 from mil.ensembles.classifier import Classifier, load_classifier
 from mil.ensembles.heatmaps import draw_predicted
@@ -88,10 +89,16 @@ class Config(SlideKeys):
     target: float = key(
         0.95, "the rate that threshold=sensitivity or specificity has to reach on validation slides"
     )
+    unit: str = key(
+        "",
+        "what one prediction is of; empty: as in the training; case_mean, case_max: a patient, "
+        "with the mean of the slides or the one that shows most",
+        choices=("", *UNITS),
+    )
     unnamed: bool = key(
         False, "take bags that do not say which encoder made them; their width is checked"
     )
-    heatmaps: bool = key(
+    draw_heatmaps: bool = key(
         False, "draw heatmaps/ with a page per slide; of the slides in slides=, or white ones"
     )
     drawing: Drawing = group(Drawing, "how slides are drawn")
@@ -156,12 +163,8 @@ def write_attention(
 ) -> None:
     """The attention maps of every slide that was predicted."""
     checkpoints = [member.checkpoint for member in classifier.members]
-    slides = [
-        (slide, bag, checkpoints)
-        for one in pending
-        if one.subject.name not in failures.slides
-        for slide, bag in one.bags.items()
-    ]
+    usable = [one for one in pending if one.subject.name not in failures.slides]
+    slides = [(s, file, checkpoints) for one in usable for s, file in one.files.items()]
     models = {member.checkpoint: member.model for member in classifier.members}
     folder, names = Path(config.output) / "attention", classifier.task.names
     load = models.__getitem__
@@ -221,21 +224,21 @@ def main(config: Config) -> int:
     bags = list_bags(config.features)
     chosen = (config.feature_set, config.model, config.seed)
     rule = (config.threshold, config.target)
-    classifier = load_classifier(config.run, *chosen, config.device, *rule)
+    classifier = load_classifier(config.run, *chosen, config.device, *rule, config.unit)
     subjects = read_subjects(config.labels, bags, classifier.task, classifier.unit)
     logger.info("predict: %s: %d slides or cases", classifier.title, len(subjects))
     cells = read_subject_covariates(config.covariates, subjects, classifier.covariates)
     pending = open_subjects(classifier, subjects, bags, failures, config.unnamed, cells)
     if config.attention_maps:
         check_maps(classifier.members[0].model)
-    if config.heatmaps:
+    if config.draw_heatmaps:
         check_drawing(config.drawing, classifier.task)
     predicted = predict_cohort(config, classifier, pending, failures)
     if config.attention_maps:
         write_attention(config, classifier, pending, failures)
     write_tables(output, classifier, predicted)
     validate(config, classifier, predicted)
-    if config.heatmaps:
+    if config.draw_heatmaps:
         drawn = (config, config.drawing, config.workers, config.read_timeout, failures)
         data = (classifier, predicted, cells, bags)
         draw_predicted(output / "heatmaps", *data, *drawn, overwrite=config.overwrite)

@@ -25,7 +25,8 @@ from wsi_common.files import sha256_bytes
 
 # what a model predicts: a slide; a patient's slides as one bag; each slide, whose predictions are
 # averaged, or of which the highest counts
-UNITS = ("slide", "case", "case_mean", "case_max")
+POOLED = ("case_mean", "case_max")
+UNITS = ("slide", "case", *POOLED)
 GAP = 64  # cells
 
 

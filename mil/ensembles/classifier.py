@@ -25,10 +25,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mil.datasets.bags import Sample
+from mil.datasets.case_bags import POOLED
 from mil.datasets.covariates import Cells
 from mil.ensembles.members import Member, find_checkpoints, load_member
-from mil.tasks.base import Task, average_carried
-from mil.training.bag_record import check_encoder
+from mil.tasks.base import Task
+from mil.training.bag_record import check_encoder, read_encoder
 from mil.training.engine import examine
 from mil.training.prediction import predict
 from patch_encoder.bags.bag import Bag, make_bag
@@ -84,11 +85,13 @@ class Classifier:
         title: what it is, for people.
         members: the models.
         device: where they are.
+        unit: what one prediction is of, one of mil.datasets.case_bags.UNITS.
     """
 
     title: str
     members: tuple[Member, ...]
     device: torch.device
+    unit: str
 
     @property
     def task(self) -> Task:
@@ -101,11 +104,6 @@ class Classifier:
         return self.members[0].config
 
     @property
-    def unit(self) -> str:
-        """What the models predict, one of mil.datasets.case_bags.UNITS."""
-        return self.config["unit"]
-
-    @property
     def covariates(self) -> list[str]:
         """Columns of the covariates that the models are fused with; most have none."""
         encoders = [member.config.get("covariates", {"columns": ()}) for member in self.members]
@@ -115,7 +113,7 @@ class Classifier:
     @cached_property
     def carried(self) -> dict[str, Any]:
         """What the models carry over from their validation slides, averaged."""
-        return average_carried([member.carried for member in self.members])
+        return self.task.average_carried([member.carried for member in self.members])
 
     def predict_bag(
         self,
@@ -137,15 +135,13 @@ class Classifier:
         bag = make_bag(torch.as_tensor(features), coords)
         check_width(bag, self.config["network"]["dim"])
         sample = Sample(str(bag.path), bag, 0)
-        values = self.predict_samples([sample], covariates)[:, 0]
-        found, names = self.combine(values), self.task.value_names
-        named = {
-            name: dict(zip(names, values.tolist(), strict=True)) if values is not None else {}
-            for name, values in (("mean", found.mean), ("spread", found.spread))
-        }
-        calibrated = {} if found.calibrated is None else dict(zip(names, found.calibrated.tolist()))
+        found = self.combine(self.predict_samples([sample], covariates)[:, 0])
+        mean, spread, calibrated = (
+            {} if numbers is None else dict(zip(self.task.value_names, numbers.tolist()))
+            for numbers in (found.mean, found.spread, found.calibrated)
+        )
         attention = self.mean_attention(sample, covariates)
-        return BagPrediction(named["mean"], named["spread"], calibrated, found.called, attention)
+        return BagPrediction(mean, spread, calibrated, found.called, attention)
 
     def predict_samples(
         self, samples: Sequence[Sample], covariates: Cells | None = None
@@ -187,7 +183,10 @@ class Classifier:
 
     def check_bag(self, slide_id: str, bag: Bag, *, unnamed: bool = False) -> None:
         """Refuse features of another encoder or width than those of the training."""
-        check_encoder(slide_id, bag, self.config, unnamed=unnamed)
+        remedy = "extract the slides with the model's encoder, or choose another feature_set="
+        if not read_encoder(bag):
+            remedy += ", or set unnamed=true where you know that it made them"
+        check_encoder(slide_id, bag, self.config, remedy, unnamed=unnamed)
 
 
 def load_classifier(
@@ -198,6 +197,7 @@ def load_classifier(
     device: str = "auto",
     threshold: str = "youden",
     target: float = 0.95,
+    unit: str = "",
 ) -> Classifier:
     """Load a run directory, all models of a benchmark's feature set, or a checkpoint.
 
@@ -208,13 +208,17 @@ def load_classifier(
         device: auto, cpu, cuda or cuda:N.
         threshold, target: rule by which two classes are cut on the validation slides: youden, or
             the rate to reach, sensitivity or specificity.
+        unit: what one prediction is of; empty: what it was in the training. Slides that were
+            trained on alone can be pooled: case_mean, case_max.
 
     Raises:
-        UserError: no classifier is there, or the models are not of one task.
+        UserError: no classifier is there, the models are not of one task, or their predictions
+            cannot be pooled.
     """
     title, checkpoints = find_checkpoints(Path(path), feature_set, model, seed)
     place = pick_device(device)
-    members = [load_member(checkpoint, place, threshold, target) for checkpoint in checkpoints]
+    rule = (threshold, target, unit or "slide")
+    members = [load_member(checkpoint, place, *rule) for checkpoint in checkpoints]
     first = members[0]
     for member in members[1:]:
         if (member.task.kind, member.task.names) != (first.task.kind, first.task.names):
@@ -223,7 +227,14 @@ def load_classifier(
                 f"{list(first.task.names)} in {first.name} and {member.task.kind} "
                 f"{list(member.task.names)} in {member.name}"
             )
-    return Classifier(title, tuple(members), place)
+    trained = first.config["unit"]
+    known = (trained, *POOLED) if trained == "slide" else (trained,)
+    if unit and unit not in known:
+        raise UserError(
+            f"unit={unit}: expected {' or '.join(known)}, since the models were trained with "
+            f"unit={trained}; leave it out"
+        )
+    return Classifier(title, tuple(members), place, unit or trained)
 
 
 def check_width(bag: Bag, dim: int) -> None:

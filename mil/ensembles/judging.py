@@ -7,6 +7,7 @@ the weights and of the bags. Cuts and calibration are applied when the tables ar
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mil.datasets.case_bags import join_bags
 from mil.datasets.covariates import Cells
 from mil.ensembles.classifier import Classifier
 from mil.ensembles.subjects import Subject
+from mil.training.bag_record import read_tiling
 from mil.training.prediction import WHOLE_BYTES
 from patch_encoder.bags.bag import Bag, open_bag
 from patch_encoder.cohort.failures import Failures
@@ -29,6 +31,8 @@ from wsi_common.memory import is_out_of_memory
 from wsi_common.progress import progress
 from wsi_common.provenance import can_reuse
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Pending:
@@ -36,20 +40,21 @@ class Pending:
 
     Attributes:
         subject: slide or case.
-        bags: slide id -> bag, features on disk.
+        files: slide id -> bag file.
         digests: slide id -> digest of its bag.
+        tiles: in all bags.
         covariates: column -> cell; None for models without.
     """
 
     subject: Subject
-    bags: Mapping[str, Bag]
+    files: Mapping[str, Path]
     digests: Mapping[str, str]
+    tiles: int
     covariates: Cells | None = None
 
-    @property
-    def tiles(self) -> int:
-        """In all bags."""
-        return sum(len(bag) for bag in self.bags.values())
+    def open(self) -> dict[str, Bag]:
+        """Slide id -> bag, features on disk."""
+        return {slide: open_bag(file) for slide, file in self.files.items()}
 
 
 def open_subjects(
@@ -73,23 +78,41 @@ def open_subjects(
     Raises:
         UserError: not one subject is left; the first one's error, and how many more there are.
     """
-    found = []
-    for subject in subjects:
+    found, odd = [], []
+    known = [tiling for m in classifier.members for tiling in m.config["bags"]["tilings"]]
+    for subject in progress(subjects, "bags", len(subjects), "slides"):
         try:
             absent = [slide for slide in subject.slides if slide not in files]
             if absent:
                 raise UserError(f"expected a bag of slide {absent[0]}, found none")
-            bags = {slide: open_bag(files[slide]) for slide in subject.slides}
-            for slide, bag in bags.items():
+            own = {slide: files[slide] for slide in subject.slides}
+            digests, tiles = {}, 0
+            for slide, file in own.items():
+                bag = open_bag(file)
                 classifier.check_bag(slide, bag, unnamed=unnamed)
-            digests = {slide: bag.digest() for slide, bag in bags.items()}
-            found.append(Pending(subject, bags, digests, covariates.get(subject.slides[0])))
+                digests[slide] = bag.digest()
+                tiles += len(bag)
+                if is_tiled_otherwise(bag, known):
+                    odd.append((slide, read_tiling(bag)))
+            cells = covariates.get(subject.slides[0])
+            found.append(Pending(subject, own, digests, tiles, cells))
         except (UserError, OSError) as error:
             failures.add(subject.name, str(error))
     if subjects and not found:
         more = f" ({len(subjects) - 1} more failed)" if len(subjects) > 1 else ""
         raise UserError(f"{failures.rows[0]['error']}{more}")
+    if odd:
+        line = "predict: %d slides were tiled otherwise than in training, %s: slide %s has %s"
+        logger.warning(line, len(odd), known[0], *odd[0])
     return found
+
+
+def is_tiled_otherwise(bag: Bag, known: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a bag states another size or resolution of its tiles than all of the training's; what
+    a bag does not state cannot differ.
+    """
+    tiling = read_tiling(bag)
+    return bool(tiling) and all(known) and tiling not in known
 
 
 def judge_all(
@@ -114,7 +137,7 @@ def judge_all(
         else:
             left.append(one)
     read = read_ahead(left, lambda one: read_samples(one, classifier))
-    for one, result in progress(read, "predict", len(left), "slides"):
+    for one, result in progress(read, "predict", len(left), "slides or cases"):
         name = one.subject.name
         try:
             samples = result.result()
@@ -169,7 +192,7 @@ def read_samples(one: Pending, classifier: Classifier) -> list[Sample]:
         UserError: features that are not finite.
     """
     bags = []
-    for bag in one.bags.values():
+    for bag in one.open().values():
         small = 4 * bag.shape[0] * bag.shape[1] <= WHOLE_BYTES
         bags.append(bag.load() if small else bag)
         bags[-1].check_finite()

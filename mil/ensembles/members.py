@@ -109,7 +109,11 @@ def find_checkpoints(
 
 
 def load_member(
-    checkpoint: Path, device: torch.device, rule: str = "youden", target: float = 0.95
+    checkpoint: Path,
+    device: torch.device,
+    rule: str = "youden",
+    target: float = 0.95,
+    unit: str = "slide",
 ) -> Member:
     """Load one model and what it carries over.
 
@@ -117,6 +121,8 @@ def load_member(
         checkpoint: checkpoint_best.pt of a run, or such a file alone.
         device: where the model is put.
         rule, target: how two classes are cut on the validation slides (mil.evaluate's `threshold`).
+        unit: `case_mean` or `case_max` pools the validation slides of a model that was trained on
+            slides, so that its cuts are those of patients.
 
     Raises:
         UserError: no classifier, or a rule for which it has no validation slides.
@@ -124,6 +130,11 @@ def load_member(
     model, content = load_classifier(checkpoint, device)
     config = content["config"]
     task, folder = task_from_dict(config["task"]), checkpoint.parent
+    if rule != "youden" and task.positive is None:
+        raise UserError(
+            f"threshold={rule}: expected a classifier of two classes, found {task.question}; leave "
+            "it out"
+        )
     if not (folder / "results.json").is_file():
         if rule != "youden":
             raise UserError(
@@ -134,7 +145,8 @@ def load_member(
             name: content["best"][name] for name in task.trained_cuts if name in content["best"]
         }
         return Member(checkpoint.stem, checkpoint, model, task, config, kept, None)
-    val = read_side(folder, "", task, "val")
+    pooled = unit if config["unit"] == "slide" else "slide"
+    val = read_side(folder, "", task, "val", unit=pooled)
     if val is None:
         return Member(folder.name, checkpoint, model, task, config, {}, None)
     if task.positive is not None:

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from mil.datasets.case_bags import POOLED
 from mil.evaluation.benchmark_folder import run_folders
+from mil.evaluation.pooling import pool_rows
 from mil.tasks.base import Task
-from mil.tasks.prediction_table import read_parts
+from mil.tasks.prediction_table import SLIDE_TABLE, read_parts
 from mil.tasks.records import RunPredictions
 from patch_encoder.bags.bag import open_bag
 from wsi_common.errors import UserError
@@ -64,24 +66,30 @@ class FinishedRun:
         return tuple(row["slide_id"] for row in self.rows)
 
 
-def read_finished(path: Path, feature_set: str, task: Task) -> FinishedRun:
-    """Read a finished run directory.
+def read_finished(path: Path, feature_set: str, task: Task, unit: str = "slide") -> FinishedRun:
+    """Read a finished run directory; `unit` as `read_side` takes it.
 
     Raises:
         UserError: not finished, or without predictions of test slides.
     """
-    run = read_side(path, feature_set, task, "test")
+    run = read_side(path, feature_set, task, "test", unit=unit)
     if run is None:
         raise UserError(f"{path}: expected test slides in predictions.csv, found none; train again")
     return run
 
 
 def read_benchmark_runs(
-    benchmark: Path, summary: Mapping[str, Any], models: Sequence[str], task: Task
+    benchmark: Path,
+    summary: Mapping[str, Any],
+    models: Sequence[str],
+    task: Task,
+    unit: str = "slide",
 ) -> list[FinishedRun]:
-    """Read the finished runs of some models of a benchmark's folder, in the order of its tables."""
+    """Read the finished runs of some models of a benchmark's folder, in the order of its tables;
+    `unit` as `read_side` takes it.
+    """
     return [
-        read_finished(path, name, task)
+        read_finished(path, name, task, unit)
         for name in summary["feature_sets"]
         for model in models
         for path in run_folders(benchmark, summary, name, model)
@@ -89,13 +97,26 @@ def read_benchmark_runs(
 
 
 def read_side(
-    path: Path, feature_set: str, task: Task, split: str, table: str = "predictions.csv"
+    path: Path,
+    feature_set: str,
+    task: Task,
+    split: str,
+    table: str = "predictions.csv",
+    unit: str = "slide",
 ) -> FinishedRun | None:
-    """Read a finished run with `test` and `rows` of its slides of `split` (test or val); None where
-    it has none of them. `table` is the file of its folder that is read.
+    """Read a finished run with `test` and `rows` of its slides of `split`.
+
+    Args:
+        path: of the run directory.
+        feature_set: that it belongs to.
+        task: what the slides were asked.
+        split: test or val; without such slides there is None.
+        table: the file that is read.
+        unit: `case_mean` or `case_max` pools the slides of a patient and chooses cuts anew
+            (mil/evaluation/pooling.py).
 
     Raises:
-        UserError: not finished, no predictions, or those of another task.
+        UserError: not finished, no predictions, those of another task, or of cases already.
     """
     results = read_json(path / "results.json", "a finished run of mil.train or mil.benchmark")
     file = path / table
@@ -107,7 +128,13 @@ def read_side(
     sides = {name: found for name, found in each.items() if found}
     if split not in sides:
         return None
-    parts = read_parts(file, task, results["fold"], sides, results)
+    known = results
+    if unit in POOLED:
+        if (path / SLIDE_TABLE).is_file():
+            raise UserError(f"{file}: unit={unit}: expected predictions of slides, found of cases")
+        sides = {name: pool_rows(file, task, found, unit) for name, found in sides.items()}
+        known = {name: value for name, value in results.items() if name not in task.trained_cuts}
+    parts = read_parts(file, task, results["fold"], sides, known)
     found = parts[split]
     results |= {name: getattr(found, name) for name in task.chosen if hasattr(found, name)}
     model, seed = results["model"], results["seed"]

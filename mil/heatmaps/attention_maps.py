@@ -39,7 +39,7 @@ from mil.models.layers import find_standardised, inner_model
 from mil.models.mhim import MHIM
 from mil.models.rrt import RRT
 from mil.models.transmil import TransMIL
-from patch_encoder.bags.bag import Bag, slide_grid
+from patch_encoder.bags.bag import Bag, open_bag, slide_grid
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.tiles.slide_grid import SlideGrid
 from wsi_common.errors import UserError
@@ -231,7 +231,7 @@ def write_attention_maps(
 
 def write_all_maps(
     folder: Path,
-    slides: Sequence[tuple[str, Bag, Sequence[Path]]],
+    slides: Sequence[tuple[str, Path, Sequence[Path]]],
     load: Callable[[Path], nn.Module],
     names: Sequence[str],
     failures: Failures,
@@ -242,15 +242,16 @@ def write_all_maps(
 
     Args:
         folder: of the files.
-        slides: (slide id, bag, checkpoints of the models that are asked).
+        slides: (slide id, bag file, checkpoints of the models that are asked).
         load: makes the model of a checkpoint.
         names: the task's classes or labels.
         failures: gets the slides whose maps cannot be made.
         overwrite: write those again that are of other models or bags.
     """
-    for slide, bag, checkpoints in progress(slides, "attention", len(slides), "slides"):
+    for slide, bag_file, checkpoints in progress(slides, "attention", len(slides), "slides"):
         path, weights = folder / f"{slide}.h5", [digest_weights(file) for file in checkpoints]
         try:
+            bag = open_bag(bag_file)
             made_from = sha256_bytes(bag.digest().encode(), *(text.encode() for text in weights))
             if can_reuse_maps(path, made_from, overwrite=overwrite):
                 continue

@@ -19,8 +19,8 @@ import numpy as np
 from mil.evaluation.benchmark_folder import choose_runs, find_features
 from mil.evaluation.runs import FinishedRun, read_side
 from mil.tasks.base import Task
+from mil.tasks.prediction_table import SLIDE_TABLE
 from mil.tasks.table import task_from_dict
-from mil.training.fold_run import SLIDE_TABLE
 from wsi_common.checkpoint import load_checkpoint
 from wsi_common.errors import UserError
 from wsi_common.files import read_json

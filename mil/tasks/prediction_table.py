@@ -16,6 +16,8 @@ from mil.tasks.base import Row, Task, apply_cuts
 from wsi_common.errors import UserError
 from wsi_common.files import write_csv
 
+SLIDE_TABLE = "slide_predictions.csv"  # a row per slide, where predictions.csv is by case
+
 
 def write_predictions(
     path: Path, task: Task, slides: Mapping[str, Sequence[str]], parts: Mapping[str, Any]

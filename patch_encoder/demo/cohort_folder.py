@@ -15,7 +15,7 @@ from wsi_common.provenance import can_reuse, unknown_origin
 
 LABEL_COLUMNS = ("case_id", "slide_id", "label", "split", "mpp")
 STAMP = "cohort.json"
-FILES = ("labels.csv", "annotations.json", "tiles.csv", "zones.csv", *POINT_FILES)
+FILES = ("labels.csv", "annotations.json", "tiles.csv", "zones.csv", "fields.csv", *POINT_FILES)
 GRADED = ("patches.csv", "patches", "biopsies.csv", "truth")
 PARTS = (*FILES, *GRADED, "slides", "images", "lists", "detection", "zones", "coords", "features")
 Number = float | int

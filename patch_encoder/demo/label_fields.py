@@ -9,9 +9,9 @@ from which a composed slide has its lesion, and *weak* boxes around its enlarged
 detector: compact dark bodies larger than most of those in the normal fields of split train. Nobody
 has drawn these boxes. A normal field has none, which is certain.
 
-Written: images/*.png, annotations.json (COCO, with the original of each picture),
-lists/{train,val,test}.txt and cohort.json. Originals, and pictures that look alike, stay on one
-side of the lists.
+Written: images/*.png, annotations.json (COCO, with the original of each picture), fields.csv (for
+`probe_tiles`), lists/{train,val,test}.txt and cohort.json. Originals, and pictures that look alike,
+stay on one side of the lists.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ import numpy as np
 from PIL import Image
 
 from patch_encoder.demo.cohort_folder import claim_folder, make_coco_document
-from patch_encoder.demo.composed_slides import SPLITS
-from patch_encoder.demo.field_pictures import (
+from patch_encoder.demo.composition.composed_slides import SPLITS
+from patch_encoder.demo.composition.field_pictures import (
     LOOKS,
+    Box,
     balance_light,
     change_look,
     find_dark_bodies,
     hash_picture,
     read_field,
 )
-from patch_encoder.demo.labelled_fields import (
+from patch_encoder.demo.composition.labelled_fields import (
     LabelledField,
     find_fields,
     merge_duplicates,
@@ -42,14 +43,14 @@ from patch_encoder.demo.labelled_fields import (
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, identity, key
 from wsi_common.errors import UserError
-from wsi_common.files import atomic_path, sha256_bytes, write_json, write_text
+from wsi_common.files import atomic_path, sha256_bytes, write_csv, write_json, write_text
 from wsi_common.progress import progress
 
 FIELD, NUCLEUS = "abnormal_field", "enlarged_nucleus"
 MARGIN = 2
 """Pixels that a weak box is wider than its body on each side."""
 logger = logging.getLogger(__name__)
-Body = tuple[int, tuple[int, int, int, int]]
+Body = tuple[int, Box]
 
 
 @dataclass
@@ -58,11 +59,11 @@ class Config:
 
     output: str = key(REQUIRED, "where the results are written; pictures and boxes", runtime=True)
     fields: str = key(
-        REQUIRED, "folder tree of labelled pictures, <kind>_<original> (<number>).jpg", path=True
+        REQUIRED, "folder tree of pictures; labelled, <kind>_<original> (<number>).jpg", path=True
     )
     normal_kinds: list[str] = key(["NL"], "kinds without a lesion; all others are abnormal")
     size: list[int] = key([512, 384], "width and height that pictures are resized to, px")
-    crop: int = key(256, "side of the middle part that is kept, px", least=32)
+    middle: int = key(256, "side of the middle part that is kept, px", least=32)
     look: str = key(
         "reinhard",
         "colours; reinhard or macenko: light balanced and stain normalised; grey: light balanced, "
@@ -83,9 +84,9 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise UserError on settings that make no set of fields."""
-    if len(config.size) != 2 or min(config.size) < config.crop:
+    if len(config.size) != 2 or min(config.size) < config.middle:
         raise UserError(
-            f"size={config.size}: expected a width and a height of crop={config.crop} px or more"
+            f"size={config.size}: expected a width and height of middle={config.middle} px or more"
         )
     shares = (config.train_share, config.val_share)
     if min(shares) <= 0 or sum(shares) >= 1 or not 0 < config.enlarged < 1:
@@ -95,12 +96,16 @@ def check(config: Config) -> None:
         )
 
 
+def is_normal(config: Config, field: LabelledField) -> bool:
+    """Whether the field's label says that it has no lesion."""
+    return field.kind in {kind.upper() for kind in config.normal_kinds}
+
+
 def check_kinds(config: Config, chosen: dict[str, list[LabelledField]]) -> None:
     """Raise UserError where a split lacks normal or abnormal fields."""
-    normal = {kind.upper() for kind in config.normal_kinds}
     for split, fields in chosen.items():
         found = {field.kind for field in fields}
-        if not found & normal or not found - normal:
+        if len({is_normal(config, field) for field in fields}) < 2:
             raise UserError(
                 f"split {split}: expected fields of normal_kinds={config.normal_kinds} and of "
                 f"others, found {sorted(found) or 'none'}; change the shares or normal_kinds"
@@ -111,8 +116,7 @@ def measure_limit(
     config: Config, bodies: dict[Path, list[Body]], train: list[LabelledField]
 ) -> int:
     """The area from which a body counts as an enlarged nucleus, px."""
-    normal = {kind.upper() for kind in config.normal_kinds}
-    areas = [area for f in train if f.kind in normal for area, _ in bodies[f.path]]
+    areas = [area for f in train if is_normal(config, f) for area, _ in bodies[f.path]]
     if not areas:
         raise UserError(
             "split train: expected dark bodies in its normal fields, found none; lower "
@@ -123,10 +127,10 @@ def measure_limit(
 
 def list_boxes(
     config: Config, field: LabelledField, bodies: list[Body], limit: int
-) -> list[tuple[str, tuple[int, int, int, int]]]:
+) -> list[tuple[str, Box]]:
     """Boxes of one field: none, or all of it and its enlarged nuclei."""
-    side = config.crop
-    if field.kind in {kind.upper() for kind in config.normal_kinds}:
+    side = config.middle
+    if is_normal(config, field):
         return []
     nuclei = [
         (max(x0 - MARGIN, 0), max(y0 - MARGIN, 0), min(x1 + MARGIN, side), min(y1 + MARGIN, side))
@@ -134,6 +138,60 @@ def list_boxes(
         if area > limit
     ]
     return [(FIELD, (0, 0, side, side)), *((NUCLEUS, box) for box in nuclei)]
+
+
+def prepare_pictures(
+    config: Config, root: Path, found: list[LabelledField]
+) -> tuple[dict[Path, list[Body]], np.ndarray]:
+    """Write the pictures that are missing; the dark bodies of each by its source, and the hashes
+    (N, 256) of all.
+    """
+    bodies, hashes = {}, []
+    for field in progress(found, "fields", len(found), "field"):
+        picture = read_field(field.path, config.size, config.middle)
+        bodies[field.path] = find_dark_bodies(balance_light(picture), config.smallest_body)
+        hashes.append(hash_picture(picture))
+        target = root / "images" / field.file_name
+        if not target.is_file():
+            with atomic_path(target) as temporary:
+                Image.fromarray(change_look(picture, config.look)).save(temporary, "PNG")
+    return bodies, np.array(hashes)
+
+
+def write_tables(
+    config: Config,
+    root: Path,
+    fields: list[LabelledField],
+    boxes: list[list[tuple[str, Box]]],
+    chosen: dict[str, list[LabelledField]],
+) -> None:
+    """Write fields.csv, the lists and annotations.json."""
+    images = [(field.file_name, config.middle, config.middle) for field in fields]
+    document = make_coco_document(images, boxes, [FIELD, NUCLEUS])
+    for image, field in zip(document["images"], fields, strict=True):
+        image |= {"original": field.original, "kind": field.kind}
+    rows = [
+        {
+            "image": f"images/{field.file_name}",
+            "label": "normal" if is_normal(config, field) else "abnormal",
+            "group": field.original,
+        }
+        for field in fields
+    ]
+    write_csv(root / "fields.csv", ("image", "label", "group"), rows)
+    for split in SPLITS:
+        names = [Path(field.file_name).stem for field in chosen[split]]
+        write_text(root / "lists" / f"{split}.txt", "\n".join(names) + "\n")
+    # last: a set counts as finished once it is there
+    write_json(root / "annotations.json", document)
+
+
+def is_finished(root: Path, found: list[LabelledField]) -> bool:
+    """Whether nothing is missing in a set of these settings."""
+    tables = [root / "annotations.json", root / "fields.csv"]
+    tables += [root / "lists" / f"{split}.txt" for split in SPLITS]
+    pictures = [root / "images" / field.file_name for field in found]
+    return all(path.is_file() for path in (*tables, *pictures))
 
 
 def main(config: Config) -> int:
@@ -144,34 +202,20 @@ def main(config: Config) -> int:
     lines = [f"{field.path.name} {field.path.stat().st_size}" for field in found]
     settings = {**identity(config), "inputs": sha256_bytes("\n".join(lines).encode())}
     claim_folder(root, "label_fields", settings, config.overwrite)
-    bodies, hashes = {}, []
-    for field in progress(found, "fields", len(found), "field"):
-        picture = read_field(field.path, config.size, config.crop)
-        bodies[field.path] = find_dark_bodies(balance_light(picture), config.smallest_body)
-        hashes.append(hash_picture(picture))
-        target = root / "images" / field.file_name
-        if not target.is_file():
-            with atomic_path(target) as temporary:
-                Image.fromarray(change_look(picture, config.look)).save(temporary, "PNG")
-    fields, pairs = merge_duplicates(found, np.array(hashes))
+    if is_finished(root, found):
+        logger.info("%s: %d fields, all done already", root, len(found))
+        return 0
+    bodies, hashes = prepare_pictures(config, root, found)
+    fields, pairs = merge_duplicates(found, hashes)
     shares = {"train": config.train_share, "val": config.val_share}
     chosen = split_originals(fields, shares, config.seed)
     check_kinds(config, chosen)
     limit = measure_limit(config, bodies, chosen["train"])
     boxes = [list_boxes(config, field, bodies[field.path], limit) for field in fields]
-    images = [(field.file_name, config.crop, config.crop) for field in fields]
-    document = make_coco_document(images, boxes, [FIELD, NUCLEUS])
-    for image, field in zip(document["images"], fields, strict=True):
-        image |= {"original": field.original, "kind": field.kind}
-    write_json(root / "annotations.json", document)
-    for split in SPLITS:
-        names = [Path(field.file_name).stem for field in chosen[split]]
-        write_text(root / "lists" / f"{split}.txt", "\n".join(names) + "\n")
-    logger.info(
-        "%s: %d fields of %d originals, %d pairs alike between originals; nuclei above %d px: %d",
-        root, len(fields), len({f.original for f in fields}), pairs, limit,
-        len(document["annotations"]) - sum(bool(own) for own in boxes),
-    )  # fmt: skip
+    write_tables(config, root, fields, boxes, chosen)
+    nuclei = sum(name == NUCLEUS for own in boxes for name, _ in own)
+    line = "%s: %d fields of %d originals, %d pairs alike between originals; nuclei above %d px: %d"
+    logger.info(line, root, len(fields), len({f.original for f in fields}), pairs, limit, nuclei)
     return 0
 
 

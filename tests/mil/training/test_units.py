@@ -14,8 +14,11 @@ import pytest
 import torch
 
 import mil
+from mil import heatmap, report
 from mil.datasets.bags import Sample
 from mil.datasets.case_bags import GAP, join_bags
+from mil.evaluation.pooling import pool_rows
+from mil.evaluation.runs import read_finished
 from mil.models import build
 from mil.models.deform_mil import DeformMIL
 from mil.tasks.classification import Classification
@@ -23,6 +26,7 @@ from mil.tasks.multilabel import Multilabel
 from mil.tasks.ordinal import Ordinal
 from mil.tasks.regression import Regression
 from mil.training.engine import examine, load_classifier
+from mil.training.streaming import stream
 from patch_encoder.bags.bag import make_bag, open_bag, slide_grid
 from patch_encoder.bags.writer import write_bag
 from tests.mil.conftest import geometry, write_cohort
@@ -35,6 +39,7 @@ from tests.mil.ensembles.new_cohorts import (
     write_csv_rows,
     write_new_cohort,
 )
+from wsi_common.config import load_config
 from wsi_common.errors import UserError
 from wsi_common.metrics.classification import youden_threshold
 
@@ -65,6 +70,10 @@ def test_joined_slides_lie_apart_on_one_grid():
     index = torch.tensor([23, 0, 9, 9])
     assert torch.equal(joined.rows(index), joined.read()[index])
     assert torch.equal(torch.cat(list(joined.blocks(5))), joined.read())
+    model = build("abmil", 6, 2).eval()  # a large case is streamed through its slides
+    with torch.inference_mode():
+        whole = model(joined.read())
+    torch.testing.assert_close(stream(model, joined, CPU, 5).logits, whole.logits)
 
 
 def test_one_slide_stays_what_it_is_and_widths_must_agree():
@@ -153,6 +162,20 @@ def test_pooled_slides_are_the_mean_or_the_highest_of_each_patient(cohorts: Path
         assert read_results(run)["threshold"] == pytest.approx(cut)
         for row in found:
             assert row["predicted"] == ("pos" if float(row["prob_pos"]) >= cut else "neg")
+        # slides that were trained on alone are pooled afterwards to the same
+        task = Classification(("neg", "pos"))
+        after, before = (
+            read_finished(cohorts / "by_slide", "", task, unit),
+            read_finished(run, "", task),
+        )
+        assert after.slides == before.slides and after.test.threshold == pytest.approx(cut)
+        np.testing.assert_allclose(after.test.probabilities, before.test.probabilities)
+        later = mil.load_classifier(cohorts / "by_slide", device="cpu", unit=unit)
+        assert later.unit == unit and later.carried["threshold"] == pytest.approx(cut)
+        with pytest.raises(UserError, match="expected predictions of slides, found of cases"):
+            read_finished(run, "", task, unit)
+        with pytest.raises(UserError, match=f"unit=case: expected {unit}, since the models were"):
+            mil.load_classifier(run, device="cpu", unit="case")
         kept = read_csv(run / "slide_predictions.csv")
         assert {(r["slide_id"], r["prob_pos"]) for r in kept} == {
             (r["slide_id"], r["prob_pos"]) for r in slides
@@ -185,6 +208,10 @@ def test_slides_of_a_case_with_different_labels_are_refused(cohorts: Path, tmp_p
     given = (f"labels={labels}", f"features={cohorts}/several/bags")
     with pytest.raises(UserError, match=message):
         train_run(cohorts / "several", tmp_path / "run", *given, "unit=case_mean")
+    cells = {"case_id": "c", "prob_neg": "0.5", "prob_pos": "0.5"}
+    two = [cells | {"slide_id": s, "label": label} for s, label in (("a", "neg"), ("b", "pos"))]
+    with pytest.raises(UserError, match="case c: expected one label .* neg on slide a and pos on"):
+        pool_rows("table.csv", Classification(("neg", "pos")), two, "case_max")
 
 
 def test_a_benchmark_by_case_judges_patients(cohorts: Path, tmp_path: Path):
@@ -193,6 +220,16 @@ def test_a_benchmark_by_case_judges_patients(cohorts: Path, tmp_path: Path):
     assert summary["unit"] == "case" and summary["protocol"]["slides"] == 24
     rows = read_csv(output / "predictions.csv")
     assert len(rows) == summary["protocol"]["patients"] == len({r["slide_id"] for r in rows})
+    # heatmaps are of slides, and the report passes their examples over
+    pages = tmp_path / "pages"
+    keys = [f"run={output}", f"output={pages}", "workers=0", "device=cpu", "drawing.max_side=64"]
+    keys += ["only=[s00,s02]", "drawing.geojson=false"]
+    assert heatmap.main(load_config(heatmap.Config, keys)) == 0
+    drawn = {path.stem for path in (pages / "records").iterdir()}
+    twins = {r["slide_id"] for r in read_csv(output / "predictions.csv")} & {"case00"}
+    assert drawn == {"s00", "s02"} and twins == {"case00"}  # two slides of one patient
+    keys = [f"benchmark={output}", f"output={tmp_path / 'report'}", f"slides={tmp_path}"]
+    assert report.main(load_config(report.Config, keys)) == 0
     with (output / "splits/splits_0.csv").open() as stream:  # of slides, for any unit
         ids = {cell for row in csv.DictReader(stream) for cell in row.values() if cell}
     assert ids == {f"s{i:02d}" for i in range(24)}

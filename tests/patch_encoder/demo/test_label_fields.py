@@ -4,6 +4,7 @@ dark bodies of abnormal fields alone.
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -12,15 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patch_encoder.demo.composed_slides import FieldTile, compose_slides
-from patch_encoder.demo.field_pictures import (
+from patch_encoder.demo.composition.composed_slides import FieldTile, compose_slides
+from patch_encoder.demo.composition.field_pictures import (
     balance_light,
     change_look,
     find_dark_bodies,
     hash_picture,
 )
+from patch_encoder.demo.composition.labelled_fields import (
+    find_fields,
+    merge_duplicates,
+    split_originals,
+)
 from patch_encoder.demo.label_fields import FIELD, NUCLEUS, Config, main
-from patch_encoder.demo.labelled_fields import find_fields, merge_duplicates, split_originals
 from wsi_common.config import load_config
 from wsi_common.errors import UserError
 
@@ -58,7 +63,7 @@ def make_fields(folder: Path, originals: int = 6, number: int = 3) -> Path:
 
 
 def config(source: Path, output: Path, **keys: object) -> Config:
-    given = {"fields": source, "output": output, "size": "[128,96]", "crop": 96,
+    given = {"fields": source, "output": output, "size": "[128,96]", "middle": 96,
              "smallest_body": 12, **keys}  # fmt: skip
     return load_config(Config, [f"{name}={value}" for name, value in given.items()])
 
@@ -91,6 +96,15 @@ def test_originals_are_on_one_side_and_every_field_is_somewhere(labelled: Path) 
         assert {split: found.count(split) for split in set(found)} == {
             "train": 2, "val": 1, "test": 3,
         }  # fmt: skip
+
+
+def test_fields_can_be_probed_by_original(labelled: Path) -> None:
+    with (labelled / "fields.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 36 and len({row["group"] for row in rows}) == 12
+    for row in rows:
+        assert (labelled / row["image"]).is_file()
+        assert row["label"] == ("normal" if row["group"].startswith("NL") else "abnormal")
 
 
 def test_weak_boxes_lie_on_the_large_nuclei_of_abnormal_fields(labelled: Path) -> None:
@@ -186,10 +200,14 @@ def test_clean_tiles_of_an_abnormal_original_are_not_used() -> None:
 
 def test_started_again_it_writes_what_is_missing(source: Path, labelled: Path) -> None:
     picture = labelled / "images" / "NL_1_1.png"
+    table = labelled / "annotations.json"
+    boxes, stamp = table.read_bytes(), table.stat().st_mtime_ns
+    assert main(config(source, labelled)) == 0
+    assert table.stat().st_mtime_ns == stamp, "finished work is left alone"
     before, times = picture.read_bytes(), (labelled / "images" / "NL_1_2.png").stat().st_mtime_ns
     picture.unlink()
     assert main(config(source, labelled)) == 0
-    assert picture.read_bytes() == before
+    assert picture.read_bytes() == before and table.read_bytes() == boxes
     assert (labelled / "images" / "NL_1_2.png").stat().st_mtime_ns == times
     with pytest.raises(UserError, match="settings.look 'reinhard' -> 'grey'"):
         main(config(source, labelled, look="grey"))
@@ -198,8 +216,8 @@ def test_started_again_it_writes_what_is_missing(source: Path, labelled: Path) -
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"size": "[128]"}, "expected a width and a height of crop=96 px"),
-        ({"crop": 100}, "size=.*expected a width and a height"),
+        ({"size": "[128]"}, "expected a width and height of middle=96 px"),
+        ({"middle": 100}, "size=.*expected a width and height"),
         ({"train_share": 0.9, "val_share": 0.2}, "expected shares between 0 and 1"),
         ({"normal_kinds": "[XX]"}, "split train: expected fields of normal_kinds"),
         ({"look": "gray"}, "key 'look'"),
