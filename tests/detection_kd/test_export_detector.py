@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random detector of two classes, and three pictures."""
     path = tmp_path_factory.mktemp("export")
     torch.manual_seed(2)
-    model = DeformableDETR(Backbone("test_convnext", "batch"), 2, SIZES)
+    model = DeformableDETR(Backbone("resnet18", "batch"), 2, SIZES)
     for parameter in model.parameters():  # heads start at 0: every box would be the same
         parameter.data += 0.02 * torch.randn_like(parameter)
     described = describe_detector(model, ["cell", "lesion"])
