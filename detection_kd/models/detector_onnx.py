@@ -57,8 +57,6 @@ class DetectorGraph(nn.Module):
         for module in self.model.modules():
             if isinstance(module, MSDeformAttn):
                 module.attend = ms_deform_attn_gather
-        # maps whose channels lie last make the exporter take the batch for a constant
-        self.model.backbone.register_forward_hook(_lay_out)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
         # under no name of an operator, which the exporter gives to constants that it folds
         self.register_buffer("pixel_mean", mean)
@@ -72,10 +70,6 @@ class DetectorGraph(nn.Module):
         padding = torch.zeros_like(pixels[:, 0], dtype=torch.bool)
         found = self.model(images, padding)
         return found.logits[-1].sigmoid(), cxcywh_to_xyxy(found.boxes[-1]).clamp(0, 1)
-
-
-def _lay_out(module: nn.Module, images: object, maps: list[Tensor]) -> list[Tensor]:
-    return [found.clone(memory_format=torch.contiguous_format) for found in maps]
 
 
 def export_detector(
