@@ -184,6 +184,7 @@ def encoder_page() -> str:
     """The encoder table, and the names that a library resolves."""
     from patch_encoder.models.encoder_names import PATTERNS
     from patch_encoder.models.encoder_table import ALIASES, ENCODERS
+    from patch_encoder.slide_encoders.table import SLIDE_ENCODERS
 
     rows = [
         (
@@ -200,6 +201,20 @@ def encoder_page() -> str:
         for name, row in ENCODERS.items()
     ]
     head = ("name", "width", "px", "um/px", "licence", "library", "precision", "weights", "source")
+    slides = [
+        (
+            code(name),
+            "-" if row.width is None else str(row.width),
+            ", ".join(map(code, row.tile_encoders)) or "any",
+            "any" if row.mpp is None else f"{row.tile} px, {row.mpp:g} um/px",
+            escape(row.licence) + (" (gated)" if row.gated else ""),
+            "code of its authors" if row.remote_code else "rebuilt here",
+            code(row.weights) if row.weights else "none needed, or a file",
+            escape(row.citation) or "-",
+        )
+        for name, row in SLIDE_ENCODERS.items()
+    ]
+    slide_head = ("name", "width", "tile encoder", "tiles", "licence", "how", "weights", "source")
     return "\n\n".join(
         [
             "# Encoders",
@@ -213,6 +228,10 @@ def encoder_page() -> str:
             + ", ".join(f"{code(other)} for {code(name)}" for other, name in ALIASES.items())
             + ".",
             table(head, rows),
+            "## Slide encoders",
+            "These names can be given as `slide_encoder=` of `tools/encode_slides.sh`; the "
+            "[guide](../guides/slide_encoders.md) says more.",
+            table(slide_head, slides),
         ]
     )
 

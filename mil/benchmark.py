@@ -34,7 +34,7 @@ from mil.evaluation.runs import (
     write_predictions,
 )
 from mil.evaluation.tables import write_evaluation
-from mil.models import MODELS
+from mil.models import CLASSIFIERS
 from mil.models.fusion import ALONE, SLIDE_VECTOR
 from mil.training.benchmark_jobs import (
     check_tasks,
@@ -78,12 +78,12 @@ class Config(TrainingKeys):
         ["mean", "max", "abmil"],
         "slide classifiers; with covariates each one also as <model>+covariates, and covariates "
         "alone",
-        choices=tuple(MODELS),
+        choices=tuple(CLASSIFIERS),
     )
     headline: str = key(
         "",
         "classifier whose figure stands for a feature set; empty: abmil, without it the first",
-        choices=("", *MODELS),
+        choices=("", *CLASSIFIERS),
     )
     seeds: list[int] = key([2024, 2025, 2026], "training seeds")
     options: dict[str, Any] = key({}, "options of the models; {model: {name: value}}")

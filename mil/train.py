@@ -12,19 +12,21 @@ and test slides of the fold). Under torchrun the bags of a step are shared out a
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mil.datasets.bags import choose_memory, digest_each
-from mil.models import MODELS
+from mil.models import CLASSIFIERS, build, build_plain_model
 from mil.models.fusion import ALONE
 from mil.training.engine import check_validation
 from mil.training.fold_run import FoldJob, open_job, run_job
+from mil.training.init_weights import find_initial, load_initial
 from mil.training.keys import TrainingKeys
 from mil.training.recipes import check_recipe
+from patch_encoder.bags.bag import open_bag
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, group, key
 from wsi_common.distributed import init_distributed, local_processes
@@ -40,8 +42,14 @@ class Config(TrainingKeys):
 
     features: str = key(REQUIRED, "folder of feature bags", path=True)
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
-    model: str = key("abmil", "slide classifier", choices=(*MODELS, ALONE))
+    model: str = key("abmil", "slide classifier", choices=(*CLASSIFIERS, ALONE))
     options: dict[str, Any] = key({}, "options of the models; {name: value}")
+    init: str = key(
+        "",
+        "weights that the model starts from, with a new head; a file or folder: a run of ours, "
+        "CLAM's, CHIEF's or FEATHER's (MIL-Lab)",
+        path=True,
+    )
     seed: int = key(2024, "seed of everything that is drawn at random")
     fold: int = key(0, "which fold to train")
     threads: int = key(
@@ -67,7 +75,21 @@ def build_job(config: Config) -> FoldJob:
     digests = digest_each(files, cases)
     memory = choose_memory(config.ram_gb, local_processes())
     output = Path(config.output)
-    return cohort.job(output, settings, split, config.features, digests, memory)
+    job = cohort.job(output, settings, split, config.features, digests, memory)
+    return replace(job, init=find_initial(config.init)) if config.init else job
+
+
+def check_initial(job: FoldJob) -> None:
+    """Refuse initial weights that do not fit, before there is a run directory; a teacher-student
+    model starts from a plain one, which is the one that is initialised.
+    """
+    if job.init is None:
+        return
+    name, options = job.settings.model, job.settings.options
+    name, options = build_plain_model(name, options) or (name, options)
+    settings = replace(job.settings, model=name, options=options, fused=False)
+    network = settings.network(open_bag(job.files[0][1]).shape[1], job.fit_task().outputs, 0)
+    load_initial(build(**network), network, job.init)
 
 
 def main(config: Config) -> int | None:
@@ -76,6 +98,7 @@ def main(config: Config) -> int | None:
     job = build_job(config)
     task = job.fit_task()
     check_recipe(job.settings.training, task, world)  # before there is a run directory
+    check_initial(job)
     check_validation(job.targets_of("val"), task)
     run = open_job(job, world, overwrite=config.overwrite, tracker=config.tracker)
     if run.results is not None:

@@ -25,6 +25,7 @@ from mil.models.layers import Standardised
 from mil.models.mean_max import MaxMIL, MeanMIL
 from mil.models.mhim import MHIM, select_plain_options
 from mil.models.minet import MINet
+from mil.models.probes import KNNProbe, LinearProbe
 from mil.models.rrt import RRT
 from mil.models.transmil import TransMIL
 from wsi_common.errors import UserError, did_you_mean
@@ -52,6 +53,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "deform_mil": DeformMIL,
     "hipt": HIPT,
 }
+
+# fitted to all training slides at once, see mil/training/probe_fit.py
+PROBES: dict[str, Callable[..., nn.Module]] = {"linear_probe": LinearProbe, "knn_probe": KNNProbe}
+CLASSIFIERS = MODELS | PROBES
 
 # what `build` hands over by itself
 FIXED = ("dim", "classes", "dropout")
@@ -88,11 +93,12 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def _find_model(name: str) -> Callable[..., nn.Module]:
     if name == ALONE:
         return NoTiles
-    if name not in MODELS:
+    if name not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
         raise UserError(
-            f"model '{name}': expected one of {', '.join(MODELS)}; {did_you_mean(name, MODELS)}"
+            f"model '{name}': expected one of {known}; {did_you_mean(name, CLASSIFIERS)}"
         )
-    return MODELS[name]
+    return CLASSIFIERS[name]
 
 
 def build_plain_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:

@@ -5,8 +5,8 @@ Section 2.4: bag z = sum_n a_n h_n (equation 7), with attention (equation 8) or 
 (equation 9); with several heads each has its own a, and their bags stand side by side (the
 attention branches of the authors' code). Differences, those of TS2G-KD: tiles are first embedded by
 Linear D->512, ReLU, dropout; the attention's first layer has ReLU where the paper has tanh
-(`activation="tanh"` gives the paper's) and no layer of it has a bias; the head is one linear layer
-with a logit per class.
+(`activation="tanh"` gives the paper's) and no layer of it has a bias (`bias=True` gives them one);
+the head is one linear layer with a logit per class.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class ABMIL(nn.Module):
         activation: `relu` or `tanh`, of the attention layer.
         gated: multiply the attention layer by a sigmoid branch of the same width.
         heads: number H of attention maps.
+        bias: the layers of the attention have a bias, as in CLAM and FEATHER.
     """
 
     def __init__(
@@ -46,18 +47,19 @@ class ABMIL(nn.Module):
         activation: str = "relu",
         gated: bool = False,
         heads: int = 1,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise UserError(f"activation={activation}: {did_you_mean(activation, ACTIVATIONS)}")
         self.embed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout))
         self.attend = nn.Sequential(
-            nn.Linear(hidden, attention, bias=False), ACTIVATIONS[activation]()
+            nn.Linear(hidden, attention, bias=bias), ACTIVATIONS[activation]()
         )
         self.gate = (
-            nn.Sequential(nn.Linear(hidden, attention, bias=False), nn.Sigmoid()) if gated else None
+            nn.Sequential(nn.Linear(hidden, attention, bias=bias), nn.Sigmoid()) if gated else None
         )
-        self.score = nn.Linear(attention, heads, bias=False)
+        self.score = nn.Linear(attention, heads, bias=bias)
         self.head = nn.Linear(heads * hidden, classes)
         initialise(self)
 

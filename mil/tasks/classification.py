@@ -81,6 +81,9 @@ def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, n
 class OneClassTask(Task):
     """What the tasks share that call one of `names`: classes and grades."""
 
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        return torch.eye(len(self.names))[torch.tensor(targets)]
+
     def make_predictions(
         self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
     ) -> Predictions:
@@ -122,6 +125,7 @@ class Classification(OneClassTask):
     focal: float = 0.0
 
     kind = "classes"
+    link = "softmax"
     about = "one class per slide"
     options = ("label_smoothing", "focal", "class_weights")
     score = "auc"
@@ -211,6 +215,18 @@ class Classification(OneClassTask):
 
     def carry_over(self, val: Predictions) -> dict[str, Any]:
         return {"threshold": val.threshold, "temperature": val.temperature}
+
+    def average_carried(self, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Temperatures are factors: their mean is the geometric one."""
+        carried = super().average_carried(each)
+        if carried.get("temperature") is not None:
+            logs = np.log([own["temperature"] for own in each])
+            carried["temperature"] = float(np.exp(logs.mean()))
+        return carried
+
+    def as_two_classes(self, run: Predictions, label: str) -> Predictions | None:
+        """None where a class is absent, as on another cohort of positives alone."""
+        return run if len(np.unique(run.targets)) == len(self.names) else None
 
     def calibrate(self, values: Array, carried: Mapping[str, Any]) -> Array | None:
         temperature = carried.get("temperature")

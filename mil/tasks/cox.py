@@ -23,6 +23,7 @@ class Cox(SurvivalTask):
 
     kind = "cox"
     about = "survival (time,event), partial likelihood"
+    link = "identity"
     needs_all_bags = True
 
     @property
@@ -60,6 +61,15 @@ class Cox(SurvivalTask):
         """Partial likelihood of all slides."""
         followed = torch.stack(list(targets))  # type: ignore[arg-type]
         return cox_loss(logits[:, 0], followed[:, 0], followed[:, 1] > 0)
+
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        """Martingale residuals (Therneau, Grambsch, Fleming, Biometrika 1990): events of a slide
+        minus those expected up to its time, by the Nelson-Aalen estimate of the training slides.
+        """
+        times, events = torch.stack(list(targets)).double().unbind(1)  # type: ignore[arg-type]
+        at_risk = (times[None, :] >= times[:, None]).sum(1)
+        hazard = (events / at_risk) * (times[:, None] >= times[None, :])
+        return (events - hazard.sum(1))[:, None].float()
 
     def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
         """The risk (S, 1): higher is earlier."""

@@ -34,6 +34,7 @@ class Discrete(SurvivalTask):
     alpha: float = 0.0
 
     kind = "discrete"
+    link = "life_table"
     about = "survival (time,event), hazards of intervals of time"
     options = ("intervals", "censored_alpha")
 
@@ -67,6 +68,13 @@ class Discrete(SurvivalTask):
     def loss(self, logits: Float[Tensor, " c"], target: Target) -> Float[Tensor, ""]:
         assert isinstance(target, Tensor)
         return discrete_loss(logits, self.interval(target), bool(target[1]), self.alpha)
+
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        """Whether the event fell into each interval, then whether the slide was at risk in it."""
+        intervals = torch.tensor([self.interval(target) for target in targets])
+        happened = torch.stack([self.evidence(target) for target in targets])
+        at_risk = torch.arange(self.outputs)[None] <= intervals[:, None]
+        return torch.cat([happened, at_risk.float()], dim=1)
 
     def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
         """The risk (S, 1): higher is earlier."""

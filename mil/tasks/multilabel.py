@@ -132,6 +132,7 @@ class Multilabel(Task):
     weights: tuple[float, ...] = ()
 
     kind = "multilabel"
+    link = "sigmoid"
     about = "several labels per slide (a|b)"
     options = ("label_smoothing", "focal", "class_weights")
     fewest_names = 1
@@ -222,6 +223,9 @@ class Multilabel(Task):
         assert isinstance(target, Tensor)
         weights = torch.tensor(self.weights, device=logits.device) if self.weights else None
         return label_loss(logits, target.to(logits.device), weights, self.smoothing, self.focal)
+
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        return torch.stack([torch.as_tensor(target).float() for target in targets])
 
     def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
         return logits.sigmoid()

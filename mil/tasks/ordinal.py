@@ -64,6 +64,7 @@ class Ordinal(OneClassTask):
     """An ordered class per slide; `names` are the grades, lowest first."""
 
     kind = "ordinal"
+    link = "corn"
     about = "grades"
     options = ("class_weights",)
     takes_grades = True

@@ -128,6 +128,7 @@ class Regression(NumberTask):
     criterion: str = "mse"
 
     kind = "regression"
+    link = "identity"
     about = "a number per slide"
     options = ("regression_loss",)
     stratified_by = "quantile of the target"
@@ -210,6 +211,11 @@ class Regression(NumberTask):
     def loss(self, logits: Float[Tensor, " c"], target: Target) -> Float[Tensor, ""]:
         standardised = (torch.as_tensor(target)[0] - self.centre) / self.scale
         return regression_loss(logits[0], standardised.to(logits.device), self.criterion)
+
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        """The values, standardised as the logit is."""
+        values = torch.stack([torch.as_tensor(target).float().reshape(1) for target in targets])
+        return (values - self.centre) / self.scale
 
     def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
         """Values (S, 1) in the target's unit."""

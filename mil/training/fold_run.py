@@ -24,7 +24,7 @@ from mil.datasets.case_bags import POOLED, join_bags
 from mil.datasets.covariates import Cells, CovariateEncoder, fit_covariates, write_cells
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import SETS, Split
-from mil.models import build, build_plain_model
+from mil.models import PROBES, build, build_plain_model
 from mil.models.fusion import ALONE
 from mil.models.layers import find_standardised, inner_model
 from mil.models.output import Target
@@ -35,14 +35,16 @@ from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
 from mil.training.bag_record import describe_bags
 from mil.training.engine import train_model
+from mil.training.init_weights import load_initial
 from mil.training.prediction import predict
+from mil.training.probe_fit import complete_network, fit_probe
 from mil.training.recipes import Recipe, check_recipe
 from mil.training.units import BagUnit, group_slides, pool_cases
 from patch_encoder.bags.bag import Bag
 from wsi_common.checkpoint import load_checkpoint
 from wsi_common.distributed import World, barrier
 from wsi_common.errors import UserError
-from wsi_common.files import read_json, sha256_bytes
+from wsi_common.files import read_json, sha256_bytes, sha256_file
 from wsi_common.memory import is_out_of_memory, reuse_large_blocks
 from wsi_common.run import Run, open_run
 from wsi_common.seed import seed_everything
@@ -103,6 +105,7 @@ class FoldJob:
         covariates: slide id -> column -> cell; used by models that are fused with them.
         memory: bytes for bags that are kept in memory; None: half of what is free.
         tracker: of a benchmark's trainings.
+        init: weights file that the model starts from.
     """
 
     output: Path
@@ -115,6 +118,7 @@ class FoldJob:
     memory: int | None = None
     covariates: Mapping[str, Cells] = field(default_factory=dict)
     tracker: Tracker | None = None
+    init: Path | None = None
 
     @property
     def place(self) -> str:
@@ -177,6 +181,7 @@ def open_job(
     labels = repr((job.targets.task, job.slides.classes, slides, values))
     inputs = {"features": job.features_digest, "labels": sha256_bytes(labels.encode())}
     inputs |= {"split": job.split.digest()}
+    inputs |= {"init": sha256_file(job.init)} if job.init else {}
     if job.settings.fused:
         cells = repr([sorted(job.covariates[slide].items()) for slide in job.slides.slide_ids])
         inputs |= {"covariates": sha256_bytes(cells.encode())}
@@ -216,6 +221,7 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     train, val, test = (make_samples(bags, job, name, encoder) for name in SETS)
     width = 0 if encoder is None else encoder.width
     network = settings.network(train[0].bag.shape[1], task.outputs, width)
+    network = complete_network(network, task, len(train))
     start = train_plain(job, world)
     seed_everything(settings.seed)
     model = build(**network)
@@ -224,6 +230,8 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
         standardised.fit([sample.bag for sample in train])
     if start is not None:
         inner_model(model).start_from(start)
+    elif job.init is not None:
+        logger.info("%s", load_initial(model, network, job.init))
     model.to(world.device)
     config = {"network": network, "task": task.to_dict()}
     patients = (record.case_id for record in job.slides.records)
@@ -234,7 +242,10 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
         reuse_large_blocks()  # after the bags were read, which stay
     decided = (settings.training, settings.seed)
     with explain_memory(job, bags):
-        best = train_model(model, train, val, *decided, run, config, world, task)
+        if settings.model in PROBES:
+            best = fit_probe(model, train, val, settings.training, run, config, world, task)
+        else:
+            best = train_model(model, train, val, *decided, run, config, world, task)
     results = {"model": settings.label, "seed": settings.seed, "fold": job.split.fold}
     results |= {"task": task.kind, "best_epoch": best["epoch"], "epochs": best["epochs"]}
     results |= {f"val_{task.score}": best[task.score]}

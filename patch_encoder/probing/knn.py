@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from patch_encoder.probing.folds import INNER_FOLDS, count_groups, draw_folds
@@ -47,13 +49,26 @@ def knn_probe(
     weights = len(train) / counts.clamp(min=1) if balanced else torch.ones_like(train[0, :1])
     parts = []
     for part in test.split(max(1, CHUNK_BYTES // (4 * len(train)))):
-        similarity, nearest = (part @ train.T).topk(min(k, len(train)), dim=1)
-        # exp(s / T) up to a factor that all votes of a tile share
-        votes = torch.softmax(similarity / temperature, dim=1)
+        votes, nearest = weigh_neighbours(part, train, k, temperature)
         shares = votes.new_zeros(len(part), classes)
         parts.append(shares.scatter_add_(1, labels[nearest], votes) * weights)
     shares = torch.cat(parts).double()
     return (shares / shares.sum(1, keepdim=True)).cpu().numpy()
+
+
+def weigh_neighbours(
+    queries: Float[Tensor, "t d"], known: Float[Tensor, "n d"], k: int, temperature: float
+) -> tuple[Float[Tensor, "t m"], Int[Tensor, "t m"]]:
+    """Weights of the votes of the k nearest (of all, where there are fewer), and which they are.
+
+    Args:
+        queries, known: rows of length 1.
+        k: neighbours.
+        temperature: of the votes.
+    """
+    similarity, nearest = (queries @ known.T).topk(min(k, len(known)), dim=1)
+    # exp(s / T) up to a factor that all votes of a query share
+    return torch.softmax(similarity / temperature, dim=1), nearest
 
 
 def probe_features(
