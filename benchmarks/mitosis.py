@@ -60,6 +60,12 @@ PARTS = ("stain", "memory", "field")
 ROOT = Path(__file__).resolve().parents[1]
 MPP = 0.25
 CHILDREN = ("children_user", "children_system")
+FORMS = {
+    "data alone": ("--data-alone",),
+    "data alone, 2 workers": ("--data-alone", "--workers", "2"),
+    "with a network": (),
+    "with a network, 2 workers": ("--workers", "2"),
+}
 WIDTH, HEIGHT, SIDE = 7215, 5412, 500  # px, of MIDOG's fields and of UTS's tiles
 MITOSES = 14  # per field
 
@@ -209,19 +215,13 @@ def measure_memory(a: argparse.Namespace) -> dict[str, dict[str, float]]:
     """`train` in processes of its own: data alone or with a network, perhaps with workers."""
     sizes = ("fields", "width", "height", "side", "batch", "steps", "threads")
     found = {}
-    forms = {
-        "data alone": ("--data-alone",),
-        "data alone, 2 workers": ("--data-alone", "--workers", "2"),
-        "with a network": (),
-        "with a network, 2 workers": ("--workers", "2"),
-    }
     with tempfile.TemporaryDirectory() as folder:
         field, output = Path(folder) / "field.tiff", Path(folder) / "output"
         write_field(field, a.width, a.height, a.picture)
         command = [sys.executable, "-m", "benchmarks.mitosis", "--parts", "train"]
         command += ["--field", str(field)]
         command += [text for name in sizes for text in (f"--{name}", str(getattr(a, name)))]
-        for name, options in forms.items():
+        for name, options in FORMS.items():
             say(f"memory: {name}")
             most = watch([*command, *options], output)
             found[name] = json.loads(output.read_text().splitlines()[-1]) | {"MiB": most}

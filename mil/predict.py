@@ -2,7 +2,7 @@
 
     python -m mil.predict run=runs/mil features=runs/other/resnet50 output=runs/predicted
     python -m mil.predict run=runs/mil features=runs/other/resnet50 labels=other/labels.csv
-    output=runs/predicted heatmaps=true slides=other/slides
+    output=runs/predicted draw_heatmaps=true slides=other/slides
 
 Writes predictions.csv (the mean of all models, its spread, the call by the cuts that were chosen on
 the validation slides of the training, calibrated probabilities) and members.csv (each model alone);
@@ -98,7 +98,7 @@ class Config(SlideKeys):
     unnamed: bool = key(
         False, "take bags that do not say which encoder made them; their width is checked"
     )
-    heatmaps: bool = key(
+    draw_heatmaps: bool = key(
         False, "draw heatmaps/ with a page per slide; of the slides in slides=, or white ones"
     )
     drawing: Drawing = group(Drawing, "how slides are drawn")
@@ -231,14 +231,14 @@ def main(config: Config) -> int:
     pending = open_subjects(classifier, subjects, bags, failures, config.unnamed, cells)
     if config.attention_maps:
         check_maps(classifier.members[0].model)
-    if config.heatmaps:
+    if config.draw_heatmaps:
         check_drawing(config.drawing, classifier.task)
     predicted = predict_cohort(config, classifier, pending, failures)
     if config.attention_maps:
         write_attention(config, classifier, pending, failures)
     write_tables(output, classifier, predicted)
     validate(config, classifier, predicted)
-    if config.heatmaps:
+    if config.draw_heatmaps:
         drawn = (config, config.drawing, config.workers, config.read_timeout, failures)
         data = (classifier, predicted, cells, bags)
         draw_predicted(output / "heatmaps", *data, *drawn, overwrite=config.overwrite)

@@ -2,7 +2,7 @@
 a Deep Zoom pyramid under tissue, attention, detections, mitoses and grades, and an overview.
 
     python -m patch_encoder.slide_page slides=cohort/slides outlines=runs/tiles/tissue
-    heatmaps=runs/report/heatmaps detections=runs/detections output=runs/pages
+    heat=runs/report/heatmaps detections=runs/detections output=runs/pages
 
 Reads: slides, and of the layers those that are given: outlines of `tile_slides`, the output folders
 of the heatmaps, of `detect_slide`, `detect_mitosis` and `grade_slide`, or any folder of GeoJSON;
@@ -58,7 +58,7 @@ class Config(ReaderKeys, CohortKeys):
     outlines: str = key(
         "", "folder of tissue outlines <slide>.geojson, as tile_slides writes it", path=True
     )
-    heatmaps: str = key(
+    heat: str = key(
         "", "folder that tools/heatmap.sh wrote; scores of tiles, and predictions", path=True
     )
     detections: str = key(

@@ -6,8 +6,9 @@ Files that take long are started first, so that workers end together.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
@@ -22,6 +23,9 @@ from tests.warm_python import start_server
 
 STUB = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
+# torch.compile works in the process that asks: servers of its own would import PyTorch once more
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+gc.disable()  # until all tests are collected: what is imported stays
 
 
 LONG = (
@@ -62,10 +66,38 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+class Backwards(pytest.Dir):
+    """A folder of tests that is read from its end."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        return reversed(list(super().collect()))
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+    """Every second worker reads folders from their end: what one has compiled, with pytest's own
+    `assert`, is there for the other, so that each compiles a half.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    if int(worker) % 2 == 0 or (path / "__init__.py").exists():
+        return None
+    return Backwards.from_parent(parent, path=path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest files first; the order is otherwise kept."""
+    """Longest files first, then by name: the same order in all workers."""
     places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+    items.sort(key=lambda item: (places.get(item.path.stem, len(LONG)), item.path))
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported is not searched for garbage again and again."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """At the end it is garbage like all else, else extension modules speak of leaks."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,19 @@ import tifffile
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+# what scripts of ours load late, because it takes a while: loaded once for all processes of tests
+PRELOAD = (
+    "torch._dynamo",
+    "timm",
+    "scipy.stats",
+    "skimage.color",
+    "skimage.filters",
+    "sklearn.linear_model",
+    "sklearn.model_selection",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+)
 
 
 def draw_slide(side: int, seed: int = 0) -> np.ndarray:
@@ -88,7 +101,7 @@ def start_script(module: str, arguments: list[str], said: Path, **variables: str
     before its first line, and several tests of a file wait for that.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "timm", __name__])  # heeded at its first start
+    context.set_forkserver_preload([*PRELOAD, __name__])  # heeded at its first start
     shared = {"OMP_NUM_THREADS": "1", **variables}
     process = context.Process(target=run_as_main, args=(module, arguments, said, shared))
     process.start()

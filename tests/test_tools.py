@@ -192,17 +192,18 @@ def test_the_cervical_road_wants_a_folder(folder: Path) -> None:
     assert done.returncode == 2 and not called and "expected DATA=" in done.stderr
 
 
-def test_quickstart_refuses_a_folder_without_data(tmp_path: Path) -> None:
-    for environment, arguments, expected in (
-        (ENVIRONMENT | {"DATA": str(tmp_path)}, [], "fields named NL_12_ (3).jpg, found none"),
-        (ENVIRONMENT, ["--fast"], "no arguments"),
+def test_quickstart_refuses_a_folder_without_data(tmp_path: Path, warm_python: Path) -> None:
+    python = {name: str(warm_python) for name in ("PYTHON", "PYTHON_BASE")}
+    for variables, arguments, expected in (
+        ({"DATA": str(tmp_path)}, [], "fields named NL_12_ (3).jpg, found none"),
+        ({}, ["--fast"], "no arguments"),
     ):
         done = subprocess.run(
             ["bash", str(ROOT / "tools" / "quickstart.sh"), *arguments],
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env=environment,
+            env=ENVIRONMENT | python | variables,
             check=False,
         )
         assert done.returncode == 2

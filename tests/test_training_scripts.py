@@ -21,7 +21,8 @@ from tests.training_harness import (
 )
 from tests.training_rows import ROWS
 
-pytestmark = pytest.mark.process
+# no test here looks at a figure
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_rendering")]
 
 
 def names(row: Row) -> str:

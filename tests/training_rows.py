@@ -425,7 +425,6 @@ SLPD_PAIR = Pair(
     close={"loss": 1e-3, "intra*": 1e-3, "inter*": 1e-3},
     first={"loss": 1e-6, "gradient_norm": 1e-4},
     weights=(1e-2, 1e-3),
-    torchrun=True,
 )
 
 SLPD_ROWS = [

@@ -33,4 +33,5 @@ fi
 if ((WORKERS > 1)); then
   export OMP_NUM_THREADS=1 # every worker has one core
 fi
+export PYTHONDONTWRITEBYTECODE= # tests are compiled once for all workers and the next run
 "$PYTHON" -m pytest -m "$lane" --numprocesses "$WORKERS" --dist loadfile --no-loadscope-reorder --durations=10 "$@"

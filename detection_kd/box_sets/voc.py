@@ -2,11 +2,12 @@
 
 `difficult` objects become crowd regions: VOC's evaluation passes over them, too. The published sets
 count pixels from 1 and name the last pixel of a box; labelImg and most exporters count from 0 and
-name its edge.
+name its edge. Boxes without an area are left out with a warning.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,6 +19,7 @@ from detection_kd.box_sets.boxed_pictures import (
 )
 from wsi_common.errors import UserError
 
+logger = logging.getLogger(__name__)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -30,7 +32,7 @@ def read_voc(annotations: Path, images: Path, first_index: int = 0) -> list[Boxe
         first_index: index of an image's first pixel, 0 or 1.
 
     Raises:
-        UserError: no files, broken XML, a box that is none, or a picture that is missing.
+        UserError: no files, broken XML, a box without numbers, or a picture that is missing.
     """
     files = sorted(annotations.rglob("*.xml")) if annotations.is_dir() else [annotations]
     if not files:
@@ -57,11 +59,11 @@ def _read_file(file: Path, pictures: dict[str, Path], first_index: int) -> Boxed
             x0, y0, x1, y1 = (float(entry.findtext(f"bndbox/{side}") or "") for side in CORNERS)
         except ValueError:
             raise UserError(f"{where}: expected a bndbox with {', '.join(CORNERS)}") from None
-        if not label or x1 <= x0 - first_index or y1 <= y0 - first_index:
-            raise UserError(
-                f"{where}: expected a name and a box with an area, found '{label}' and "
-                f"{[x0, y0, x1, y1]}"
-            )
+        if not label:
+            raise UserError(f"{where}: expected a name, found none")
         box = (x0 - first_index, y0 - first_index, x1, y1)
+        if box[2] <= box[0] or box[3] <= box[1]:  # published sets hold some
+            logger.warning("%s: '%s' at %s has no area and is left out", where, label, list(box))
+            continue
         picture.add(box, label, crowd=(entry.findtext("difficult") or "0").strip() == "1")
     return picture

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
@@ -46,6 +45,8 @@ def match_points(found: Points, truth: Truth, radius: float = RADIUS_UM) -> Pair
     Returns:
         Index in `found` and index in `truth` of every pair, by rising index in `found`.
     """
+    from scipy.optimize import linear_sum_assignment  # a while to load
+
     first, second = _find_near(found, truth, radius)
     pairs = [np.zeros((0, 2), np.int64)]
     for chosen in _split_groups(first, second, len(found), len(truth)):

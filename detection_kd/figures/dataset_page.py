@@ -80,6 +80,8 @@ def draw_counts(sets: Mapping[str, DetectionSet], most: int) -> Figure:
 @styled()
 def draw_sides(sets: Mapping[str, DetectionSet]) -> Figure:
     """Draw the sides of the boxes of each split, px, on a logarithmic axis with COCO's limits."""
+    from matplotlib.ticker import LogLocator
+
     figure = new_figure(5.2, 3.0)
     axes = figure.add_subplot()
     sides = {
@@ -96,7 +98,9 @@ def draw_sides(sets: Mapping[str, DetectionSet]) -> Figure:
         if low < area**0.5 < high:
             axes.axvline(area**0.5, color=QUIET, linestyle=":")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")  # not as powers of 10
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel="px; dotted: limits of small and medium", ylabel="share of the boxes")
     axes.grid(axis="y")
     axes.legend()
@@ -119,6 +123,7 @@ def draw_classes(described: Mapping[str, dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in shown])
     axes.invert_yaxis()
     axes.set_xscale("symlog", linthresh=10)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="boxes")
     axes.margins(x=0.12)
     axes.legend()

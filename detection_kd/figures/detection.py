@@ -207,7 +207,7 @@ def draw_confusion(
     counts: Int[np.ndarray, "rows columns"], categories: Sequence[str], iou: float, score: float
 ) -> Figure:
     """Draw counts of annotated (rows) by detected class (columns), coloured by their share of
-    the row.
+    the row; made-up boxes, the last row, by their share of the column.
 
     Args:
         counts: from `count_confusions`; background is last.
@@ -219,6 +219,7 @@ def draw_confusion(
     figure = new_figure(side + 1.6, side + 1.0)
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    shares[-1] = counts[-1] / np.maximum(counts.sum(0), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         if row == column == len(categories):

@@ -1,6 +1,7 @@
 """A detector as an ONNX file, and such a file as a detector.
 
-The file takes uint8 pixels (B, 3, H, W) of one size, in batches of any size, and gives `scores` (B,
+The file takes uint8 pixels (B, 3, H, W) of one size, in batches of any size (of one picture, where
+torch cannot leave that free for a trunk), and gives `scores` (B,
 queries, classes) in 0..1 and `boxes` (B, queries, 4), xyxy as fractions of the picture. The
 normalisation is part of the graph; the deformable attention is exported in the form of
 `ops.gather`. What `build_detector` needs stands in the file's metadata. Height and width are fixed:
@@ -10,9 +11,11 @@ with free ones torch's exporter wrote graphs that onnxruntime refused.
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
@@ -33,6 +36,11 @@ from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.onnx_network import open_session
 from wsi_common.errors import UserError
 
+logger = logging.getLogger(__name__)
+TRACED = 11
+"""Pictures that are traced for a free batch: a number that no other size of a detector is, since
+torch takes equal sizes for the same one (two pictures were taken for a constant).
+"""
 KEY = "detector"  # metadata of the file: what it is, as JSON
 
 
@@ -50,14 +58,15 @@ class DetectorGraph(nn.Module):
             if isinstance(module, MSDeformAttn):
                 module.attend = ms_deform_attn_gather
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        # under no name of an operator, which the exporter gives to constants that it folds
+        self.register_buffer("pixel_mean", mean)
+        self.register_buffer("pixel_std", std)
 
     def forward(
         self, pixels: UInt8[Tensor, "b 3 h w"]
     ) -> tuple[Float[Tensor, "b q classes"], Float[Tensor, "b q 4"]]:
         """Scores and boxes of every query of the last decoder layer."""
-        images = (pixels.float() / 255 - self.mean) / self.std
+        images = (pixels.float() / 255 - self.pixel_mean) / self.pixel_std
         padding = torch.zeros_like(pixels[:, 0], dtype=torch.bool)
         found = self.model(images, padding)
         return found.logits[-1].sigmoid(), cxcywh_to_xyxy(found.boxes[-1]).clamp(0, 1)
@@ -70,7 +79,7 @@ def export_detector(
 
     Args:
         model: the detector.
-        pixels: two or more pictures of the size that the file will take.
+        pixels: one picture or more of the size that the file will take.
         path: file to write.
         note: what the file is: the description in the checkpoint, and digests.
 
@@ -78,11 +87,17 @@ def export_detector(
         UserError: packages missing, or a trunk that torch cannot export.
     """
     import_onnx()
+    graph, outputs = DetectorGraph(model), ("scores", "boxes")
     try:
-        exported = export_program(DetectorGraph(model), pixels, (0,), ("scores", "boxes"))
-    except torch.onnx.OnnxExporterError as error:
-        raise export_error(error, "detector") from None
-    save_with_note(exported, path, KEY, note)
+        traced = pixels[:1].repeat(TRACED, 1, 1, 1)
+        exported, batch = export_program(graph, traced, (0,), outputs), 0
+    except torch.onnx.OnnxExporterError:
+        logger.info("export: torch cannot leave the batch of this trunk free; it is one picture")
+        try:
+            exported, batch = export_program(graph, pixels[:1], (), outputs), 1
+        except torch.onnx.OnnxExporterError as error:
+            raise export_error(error, "detector") from None
+    save_with_note(exported, path, KEY, note | {"batch": batch})
 
 
 class OnnxDetector(nn.Module):
@@ -92,7 +107,8 @@ class OnnxDetector(nn.Module):
         path: the file.
 
     Attributes:
-        description: that of the checkpoint, with `size` (H, W) in px.
+        description: that of the checkpoint, with `size` (H, W) in px and `batch`, pictures at a
+            time (0: any).
 
     Raises:
         UserError: no file of `export_detector`.
@@ -138,7 +154,9 @@ class OnnxDetector(nn.Module):
         device = pixels.device
         if device not in self._sessions:
             self._sessions[device] = open_session(self.path, device)
-        values = pixels.contiguous().cpu().numpy()
-        found = self._sessions[device].run(["scores", "boxes"], {"pixels": values})
-        scores, boxes = (torch.from_numpy(part).to(device) for part in found)
-        return scores, boxes
+        found = [
+            self._sessions[device].run(["scores", "boxes"], {"pixels": part.cpu().numpy()})
+            for part in pixels.contiguous().split(self.description["batch"] or len(pixels))
+        ]
+        scores, boxes = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*found))
+        return scores.to(device), boxes.to(device)

@@ -171,6 +171,7 @@ def _build_transformers(
     name: str, model: str, norm: str, pretrained: bool, settings: Mapping[str, Any] | None
 ) -> GivenTrunk:
     from transformers import AutoBackbone, AutoConfig  # a while to load
+    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
     try:
         if settings is None:
@@ -181,7 +182,8 @@ def _build_transformers(
             kept = dict(settings)
             config = AutoConfig.for_model(kept.pop("model_type"), **kept)
         body = (
-            AutoBackbone.from_pretrained(model, config=config)
+            # AutoBackbone itself asks the hub, also for a folder
+            MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(model, config=config)
             if pretrained and settings is None
             else AutoBackbone.from_config(config)
         )

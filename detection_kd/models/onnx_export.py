@@ -41,17 +41,18 @@ def export_program(
         torch.onnx.OnnxExporterError: torch cannot export it so.
     """
     import_onnx()
-    sizes = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
+    sizes = (dict.fromkeys(free, torch.export.Dim.DYNAMIC),) if free else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between torch and its exporter
         program = torch.onnx.export(
-            module, (pixels,), dynamo=True, dynamic_shapes=(sizes,), opset_version=OPSET,
+            module, (pixels,), dynamo=True, dynamic_shapes=sizes, opset_version=OPSET,
             verbose=False,
             input_names=["pixels"], output_names=list(outputs),
         )  # fmt: skip
     assert program is not None
-    strip_names(program.model_proto)
-    return program.model_proto
+    model = program.model_proto  # made anew each time
+    strip_names(model)
+    return model
 
 
 def strip_names(model: Any) -> None:
@@ -72,8 +73,8 @@ def strip_names(model: Any) -> None:
 
 def export_error(error: Exception, what: str) -> UserError:
     """One line on what torch's exporter does not take."""
-    reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"export: torch cannot export this {what} to ONNX: {reason[:200]}")
+    reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    return UserError(f"export: torch cannot export this {what} to ONNX: {reason[:300]}")
 
 
 def save_with_note(model: Any, path: Path, key: str, note: dict[str, Any]) -> None:

@@ -253,5 +253,7 @@ def load_student_encoder(path: str | Path, name: str) -> Encoder:
         "weights_sha256": digest_weights(student),
         "transform": f"{transform!r}, mean/std {IMAGENET}",
     }
+    if config["teacher"]:
+        provenance["teacher"] = config["teacher"]
     module = PixelEncoder(student, IMAGENET).eval().requires_grad_(False)
     return Encoder(name, config["dim"], transform, module, provenance)

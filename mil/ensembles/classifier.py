@@ -28,7 +28,7 @@ from mil.datasets.bags import Sample
 from mil.datasets.case_bags import POOLED
 from mil.datasets.covariates import Cells
 from mil.ensembles.members import Member, find_checkpoints, load_member
-from mil.tasks.base import Task, average_carried
+from mil.tasks.base import Task
 from mil.training.bag_record import check_encoder, read_encoder
 from mil.training.engine import examine
 from mil.training.prediction import predict
@@ -113,7 +113,7 @@ class Classifier:
     @cached_property
     def carried(self) -> dict[str, Any]:
         """What the models carry over from their validation slides, averaged."""
-        return average_carried([member.carried for member in self.members])
+        return self.task.average_carried([member.carried for member in self.members])
 
     def predict_bag(
         self,

@@ -7,6 +7,7 @@ the weights and of the bags. Cuts and calibration are applied when the tables ar
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mil.datasets.case_bags import join_bags
 from mil.datasets.covariates import Cells
 from mil.ensembles.classifier import Classifier
 from mil.ensembles.subjects import Subject
+from mil.training.bag_record import read_tiling
 from mil.training.prediction import WHOLE_BYTES
 from patch_encoder.bags.bag import Bag, open_bag
 from patch_encoder.cohort.failures import Failures
@@ -28,6 +30,8 @@ from wsi_common.files import read_json, write_json
 from wsi_common.memory import is_out_of_memory
 from wsi_common.progress import progress
 from wsi_common.provenance import can_reuse
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def open_subjects(
     Raises:
         UserError: not one subject is left; the first one's error, and how many more there are.
     """
-    found = []
+    found, odd = [], []
+    known = [tiling for m in classifier.members for tiling in m.config["bags"]["tilings"]]
     for subject in progress(subjects, "bags", len(subjects), "slides"):
         try:
             absent = [slide for slide in subject.slides if slide not in files]
@@ -87,6 +92,8 @@ def open_subjects(
                 classifier.check_bag(slide, bag, unnamed=unnamed)
                 digests[slide] = bag.digest()
                 tiles += len(bag)
+                if is_tiled_otherwise(bag, known):
+                    odd.append((slide, read_tiling(bag)))
             cells = covariates.get(subject.slides[0])
             found.append(Pending(subject, own, digests, tiles, cells))
         except (UserError, OSError) as error:
@@ -94,7 +101,18 @@ def open_subjects(
     if subjects and not found:
         more = f" ({len(subjects) - 1} more failed)" if len(subjects) > 1 else ""
         raise UserError(f"{failures.rows[0]['error']}{more}")
+    if odd:
+        line = "predict: %d slides were tiled otherwise than in training, %s: slide %s has %s"
+        logger.warning(line, len(odd), known[0], *odd[0])
     return found
+
+
+def is_tiled_otherwise(bag: Bag, known: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a bag states another size or resolution of its tiles than all of the training's; what
+    a bag does not state cannot differ.
+    """
+    tiling = read_tiling(bag)
+    return bool(tiling) and all(known) and tiling not in known
 
 
 def judge_all(

@@ -246,10 +246,21 @@ class Task:
 
     def carry_over(self, val: Any) -> dict[str, Any]:
         """What a model takes along to new slides from the predictions `val` on its validation
-        slides: cuts, temperature, the scale of its numbers. Those of several models are averaged
-        (`average_carried`).
+        slides: cuts, temperature, the scale of its numbers.
         """
         return {}
+
+    def average_carried(self, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What several models carry over, averaged; None where one of them lacks it.
+
+        A slide is called by the mean over models of (number - cut), which is the mean number
+        against the mean cut.
+        """
+        known = {name: [carried.get(name) for carried in each] for name in each[0]}
+        return {
+            name: None if any(value is None for value in values) else np.mean(values, axis=0)
+            for name, values in known.items()
+        }
 
     def to_common_scale(self, values: Array, carried: Mapping[str, Any]) -> Array:
         """(S, V) numbers of one model as those of several models can be averaged."""
@@ -421,17 +432,3 @@ def apply_cuts(task: Task, parts: Mapping[str, Any], known: Mapping[str, Any]) -
     cuts = task.choose_cuts(parts["val"]) if "val" in parts else {}
     cuts |= {name: known[name] for name in task.trained_cuts if name in known}
     return {name: replace(part, **cuts) for name, part in parts.items()}
-
-
-def average_carried(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several models carry over to new slides, averaged; None where one of them lacks it.
-
-    A slide is called by the mean over models of (number - cut), which is the mean number against
-    the mean cut.
-    """
-    names = each[0].keys()
-    known = {name: [carried[name] for carried in each] for name in names}
-    return {
-        name: None if any(value is None for value in values) else np.mean(values, axis=0)
-        for name, values in known.items()
-    }

@@ -216,6 +216,18 @@ class Classification(OneClassTask):
     def carry_over(self, val: Predictions) -> dict[str, Any]:
         return {"threshold": val.threshold, "temperature": val.temperature}
 
+    def average_carried(self, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Temperatures are factors: their mean is the geometric one."""
+        carried = super().average_carried(each)
+        if carried.get("temperature") is not None:
+            logs = np.log([own["temperature"] for own in each])
+            carried["temperature"] = float(np.exp(logs.mean()))
+        return carried
+
+    def as_two_classes(self, run: Predictions, label: str) -> Predictions | None:
+        """None where a class is absent, as on another cohort of positives alone."""
+        return run if len(np.unique(run.targets)) == len(self.names) else None
+
     def calibrate(self, values: Array, carried: Mapping[str, Any]) -> Array | None:
         temperature = carried.get("temperature")
         return None if temperature is None else apply_temperature(values, temperature)

@@ -9,6 +9,7 @@ and which encoders made them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, NoReturn
 
 from patch_encoder.bags.bag import Bag
@@ -16,7 +17,8 @@ from wsi_common.errors import UserError
 from wsi_common.files import sha256_bytes
 
 # attributes of a bag that say which features it holds
-ENCODER = ("encoder", "weights_sha256", "transform", "stain")
+ENCODER = ("encoder", "weights_sha256", "transform", "stain", "teacher")
+TILING = ("target_mpp", "target_size")
 SHORT = 8  # digits of a digest in a message
 
 
@@ -24,16 +26,18 @@ def describe_bags(
     bags: Mapping[str, Bag], digests: Mapping[str, str], cases: Iterable[str]
 ) -> dict[str, Any]:
     """For a checkpoint: `digests` (slide id -> digest of its bag), `encoders`, the different ones
-    that made the bags, and `cases`, digests of the patients' ids, which a model that is handed on
-    does not spell out.
+    that made the bags, `tilings`, the different sizes and resolutions of their tiles, and `cases`,
+    digests of the patients' ids, which a model that is handed on does not spell out.
     """
     encoders: list[dict[str, str]] = []
+    tilings: list[dict[str, float]] = []
     for bag in bags.values():
-        found = read_encoder(bag)
-        if found not in encoders:
-            encoders.append(found)
-    known = sorted({digest_case(case) for case in cases})
-    return {"digests": dict(digests), "encoders": encoders, "cases": known}
+        for found, known in ((read_encoder(bag), encoders), (read_tiling(bag), tilings)):
+            if found not in known:
+                known.append(found)  # type: ignore[arg-type]
+    patients = sorted({digest_case(case) for case in cases})
+    described = {"digests": dict(digests), "encoders": encoders, "tilings": tilings}
+    return described | {"cases": patients}
 
 
 def digest_case(case_id: str) -> str:
@@ -44,6 +48,13 @@ def digest_case(case_id: str) -> str:
 def read_encoder(bag: Bag) -> dict[str, str]:
     """What a bag says of the encoder that made it; empty for a bag that says nothing."""
     return {name: str(bag.provenance[name]) for name in ENCODER if name in bag.provenance}
+
+
+def read_tiling(bag: Bag) -> dict[str, float]:
+    """What a bag says of the size and resolution of its tiles; empty for one that says nothing."""
+    stated = {name: bag.attributes.get(name) for name in TILING}
+    numbers = {name: value for name, value in stated.items() if isinstance(value, Real)}
+    return {name: round(float(value), 3) for name, value in numbers.items()}
 
 
 def check_bag(slide_id: str, bag: Bag, config: Mapping[str, Any]) -> None:

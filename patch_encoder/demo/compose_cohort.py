@@ -27,7 +27,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder, make_coco_document
-from patch_encoder.demo.composed_slides import (
+from patch_encoder.demo.composition.composed_slides import (
     SPLITS,
     ComposedSlide,
     Field,

@@ -45,7 +45,7 @@ class Config:
     """Keys of the script."""
 
     output: str = key(REQUIRED, "where the results are written; the cohort", runtime=True)
-    fields: str = key(REQUIRED, "folder tree of pictures, <kind>_<number>.jpg or .png", path=True)
+    fields: str = key(REQUIRED, "folder tree of pictures; <kind>_<number>.jpg or .png", path=True)
     positive_kinds: str = key("OSCC", "beginning of the kinds that positive slides have more of")
     cohort_slides: int = key(40, "slides; half of them positive", least=2)
     rows_of_regions: int = key(3, "runs of pictures per slide, one below the other", least=1)

@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 
 from patch_encoder.demo.cohort_folder import claim_folder, make_coco_document
-from patch_encoder.demo.composed_slides import SPLITS
-from patch_encoder.demo.field_pictures import (
+from patch_encoder.demo.composition.composed_slides import SPLITS
+from patch_encoder.demo.composition.field_pictures import (
     LOOKS,
     Box,
     balance_light,
@@ -34,7 +34,7 @@ from patch_encoder.demo.field_pictures import (
     hash_picture,
     read_field,
 )
-from patch_encoder.demo.labelled_fields import (
+from patch_encoder.demo.composition.labelled_fields import (
     LabelledField,
     find_fields,
     merge_duplicates,
@@ -59,11 +59,11 @@ class Config:
 
     output: str = key(REQUIRED, "where the results are written; pictures and boxes", runtime=True)
     fields: str = key(
-        REQUIRED, "folder tree of labelled pictures, <kind>_<original> (<number>).jpg", path=True
+        REQUIRED, "folder tree of pictures; labelled, <kind>_<original> (<number>).jpg", path=True
     )
     normal_kinds: list[str] = key(["NL"], "kinds without a lesion; all others are abnormal")
     size: list[int] = key([512, 384], "width and height that pictures are resized to, px")
-    crop: int = key(256, "side of the middle part that is kept, px", least=32)
+    middle: int = key(256, "side of the middle part that is kept, px", least=32)
     look: str = key(
         "reinhard",
         "colours; reinhard or macenko: light balanced and stain normalised; grey: light balanced, "
@@ -84,9 +84,9 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise UserError on settings that make no set of fields."""
-    if len(config.size) != 2 or min(config.size) < config.crop:
+    if len(config.size) != 2 or min(config.size) < config.middle:
         raise UserError(
-            f"size={config.size}: expected a width and a height of crop={config.crop} px or more"
+            f"size={config.size}: expected a width and height of middle={config.middle} px or more"
         )
     shares = (config.train_share, config.val_share)
     if min(shares) <= 0 or sum(shares) >= 1 or not 0 < config.enlarged < 1:
@@ -129,7 +129,7 @@ def list_boxes(
     config: Config, field: LabelledField, bodies: list[Body], limit: int
 ) -> list[tuple[str, Box]]:
     """Boxes of one field: none, or all of it and its enlarged nuclei."""
-    side = config.crop
+    side = config.middle
     if is_normal(config, field):
         return []
     nuclei = [
@@ -148,7 +148,7 @@ def prepare_pictures(
     """
     bodies, hashes = {}, []
     for field in progress(found, "fields", len(found), "field"):
-        picture = read_field(field.path, config.size, config.crop)
+        picture = read_field(field.path, config.size, config.middle)
         bodies[field.path] = find_dark_bodies(balance_light(picture), config.smallest_body)
         hashes.append(hash_picture(picture))
         target = root / "images" / field.file_name
@@ -166,7 +166,7 @@ def write_tables(
     chosen: dict[str, list[LabelledField]],
 ) -> None:
     """Write fields.csv, the lists and annotations.json."""
-    images = [(field.file_name, config.crop, config.crop) for field in fields]
+    images = [(field.file_name, config.middle, config.middle) for field in fields]
     document = make_coco_document(images, boxes, [FIELD, NUCLEUS])
     for image, field in zip(document["images"], fields, strict=True):
         image |= {"original": field.original, "kind": field.kind}

@@ -130,7 +130,8 @@ def cohort_jobs(
             continue
         if len(coordinates.coords) == 0:
             without[slide_id] = (
-                "no tissue: 0 tiles; remove the slide from labels.csv or loosen the tissue settings"
+                "no tissue: 0 tiles; leave the slide out (labels.csv, slides_list) or loosen the "
+                "tissue settings"
             )
             continue
         jobs.append(

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from patch_encoder.viewer.arrays import pack_array
 from wsi_common.errors import UserError
 from wsi_common.files import read_json
+from wsi_common.hdf5 import get_dataset, open_hdf5
 
 PLACES = ("tile", "x", "y")
 COLOURS = "viridis"
@@ -49,6 +50,7 @@ def read_heat(
     places = {name: columns.pop(name) for name in PLACES if name in columns}
     if not {"x", "y"} <= places.keys() or not columns:
         raise UserError(f"{table}: expected columns x, y and scores, found {', '.join(places)}")
+    columns |= read_attention_maps(folder, slide_id, len(places["x"]))
     return {
         "side": int(record["side"]),
         "x": pack_array(places["x"], "int32"),
@@ -74,6 +76,37 @@ def read_columns(path: Path) -> dict[str, Float[np.ndarray, " n"]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected a table of numbers, found {error}") from None
     return dict(zip(header, values.T, strict=True))
+
+
+def read_attention_maps(
+    folder: Path, slide_id: str, count: int
+) -> dict[str, Float[np.ndarray, " n"]]:
+    """The attention of each class or head, where the stage left it: `<model> <map>` -> (N,).
+
+    Args:
+        folder: of the heatmaps; mil_predict leaves `attention/` beside it.
+        slide_id: of the slide.
+        count: number of its scored tiles, N.
+
+    Raises:
+        UserError: maps of other tiles.
+    """
+    places = (root / "attention" / f"{slide_id}.h5" for root in (folder, folder.parent))
+    path = next((path for path in places if path.is_file()), None)
+    found: dict[str, np.ndarray] = {}
+    if path is None:
+        return found
+    with open_hdf5(path, "attention maps") as file:
+        for model in (name for name in file if name != "coords"):
+            weights = get_dataset(file, f"{model}/weights")[:]
+            names = file[model].attrs["names"]
+            if weights.shape != (len(names), count):
+                raise UserError(
+                    f"{path}: expected maps of the {count} scored tiles, found {weights.shape}; "
+                    "draw the heatmap of this slide again"
+                )
+            found |= {f"{model} {name}": row for name, row in zip(names, weights, strict=True)}
+    return found
 
 
 def make_colours() -> dict[str, str]:

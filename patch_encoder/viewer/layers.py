@@ -30,7 +30,7 @@ class LayerKind:
     filled: bool = False
 
 
-HEAT = LayerKind("heatmaps", "attention", 0.5)
+HEAT = LayerKind("heat", "attention", 0.5)
 KINDS = (
     LayerKind("grade_maps", "grades", 0.45, filled=True),
     HEAT,

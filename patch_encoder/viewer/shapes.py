@@ -1,5 +1,5 @@
 """GeoJSON of the stages, and of QuPath, as a layer of a slide page: marks (points and upright
-boxes) and areas (all other polygons), each with a class and measurements.
+boxes of detections) and areas (all other polygons), each with a class and measurements.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def read_shapes(path: Path, bounds: tuple[int, int]) -> dict[str, Any]:
         label = classes.number(name or "no class", _read_colour(properties), path)
         about = (label, _read_name(properties, name), _read_measurements(properties))
         for geometry in _split_geometry(feature.get("geometry") or {}):
-            mark = _find_mark(geometry, path)
+            drawn = properties.get("objectType") == "annotation"  # a region, even if it is a box
+            mark = _find_mark(geometry, drawn, path)
             if mark is not None:
                 marks.add(mark + np.tile(bounds, 2), *about)
             else:
@@ -141,13 +142,13 @@ def _split_geometry(geometry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [geometry] if kind in ("Point", "Polygon") else []
 
 
-def _find_mark(geometry: Mapping[str, Any], source: Path) -> np.ndarray | None:
-    """The box of a point or of an upright rectangle; None for other polygons."""
+def _find_mark(geometry: Mapping[str, Any], drawn: bool, source: Path) -> np.ndarray | None:
+    """The box of a point, or of an upright rectangle that nobody drew; None for other polygons."""
     if geometry["type"] == "Point":
         x, y = _read_points([geometry["coordinates"]], source)[0]
         return np.array([x, y, x, y])
     rings = geometry["coordinates"]
-    if len(rings) != 1 or len(rings[0]) != 5:
+    if drawn or len(rings) != 1 or len(rings[0]) != 5:
         return None
     points = _read_points(rings[0], source)
     steps = np.abs(np.diff(points, axis=0)) > 0

@@ -147,7 +147,9 @@ def _write_tile(job: PyramidJob, written: WrittenTiles, place: Place, pixels: Pi
 def read_mark(job: PyramidJob, block: Place) -> tuple[Pixels, WrittenTiles] | None:
     """The coarsest tile of a finished block and its files; None where it is not finished."""
     try:
-        with np.load(job.mark_path(block), allow_pickle=False) as content:
+        # opened here: NumPy leaves a file open that it finds to be damaged
+        with job.mark_path(block).open("rb") as stream:
+            content = np.load(stream, allow_pickle=False)
             places = list_places(content["places"])
             return content["pixels"], WrittenTiles(places, int(content["unreadable"]))
     except (OSError, ValueError, KeyError, BadZipFile):

@@ -83,8 +83,14 @@ def test_heatmap_script_leaves_out_what_is_not_given(root: Path, tmp_path: Path)
 
 def test_prediction_script_hands_on_what_it_knows(root: Path, tmp_path: Path):
     given = {"RUN": "my run", "FEATURES": "b ags", "OUTPUT": "out put", "LABELS": "l.csv"}
-    done = run(root, "tools/mil_predict.sh", tmp_path, "heatmaps=true", **given)
-    expected = ["run=my run", "features=b ags", "output=out put", "labels=l.csv", "heatmaps=true"]
+    done = run(root, "tools/mil_predict.sh", tmp_path, "draw_heatmaps=true", **given)
+    expected = [
+        "run=my run",
+        "features=b ags",
+        "output=out put",
+        "labels=l.csv",
+        "draw_heatmaps=true",
+    ]
     assert done.stdout.splitlines() == ["-m", "mil.predict", *expected], done.stderr
 
 

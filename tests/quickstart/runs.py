@@ -14,10 +14,10 @@ from tests.helpers import ROOT
 FEATURE_SETS = {"imagenet_lite0", "student", "stain_texture", "mean_colour"}
 SMALL = {
     "DETECTOR": "epochs=1 architecture.encoder_layers=1 architecture.decoder_layers=1",
-    "RANK": "training.epochs=2 training.min_epochs=1 top_k=6 extra_random=2",
+    "RANK": "training.epochs=2 training.min_epochs=1 top_k=6 extra_random=2 workers=0",
     "D2VFM": "epochs=2 lr_drop=1",
     "COST": "tiles_per_round=32 rounds=1 workers=0",
-    "MIL": "training.epochs=2 training.min_epochs=1 models=[abmil] folds=2 resamples=50",
+    "MIL": "training.epochs=2 training.min_epochs=1 models=[abmil] folds=2 resamples=50 workers=1",
 }
 
 

@@ -19,7 +19,7 @@ SMALL = [
     "seeds=[1,2]",
     "compose=['field_counts=[60,24,24]','positive_fields=[20,8,8]','look_alike_fields=[6,2,2]',"
     "'wrong_share=0.3']",
-    "train_mitosis=['tile_size=84','network.trunk=small','network.init=random','epochs=2','batch_size=16',"
+    "train_mitosis=['tile_size=84','network.trunk=small','network.init=random','epochs=1','batch_size=16',"
     "'lr=4e-3','workers=0','precision=fp32']",
     "device=cpu",
     "resamples=60",

@@ -50,7 +50,7 @@ def found(images: Path) -> dict[str, list[tuple[str, list[float], bool]]]:
     }
 
 
-def voc_object(name: str, corners: tuple[float, ...], difficult: int = 0) -> str:
+def voc_object(name: str, corners: tuple[object, ...], difficult: int = 0) -> str:
     sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
     box = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
     return (
@@ -68,7 +68,12 @@ def write_voc(folder: Path, name: str, filename: str, *objects: str) -> None:
 def test_pascal_voc(images: Path, tmp_path: Path) -> None:
     xml = tmp_path / "xml"
     write_voc(
-        xml, "a", "a.png", voc_object("rbc", (1, 2, 11, 22)), voc_object("wbc", (5, 5, 9, 9), 1)
+        xml,
+        "a",
+        "a.png",
+        voc_object("rbc", (1, 2, 11, 22)),
+        voc_object("rbc", (5, 5, 5, 9)),  # no area
+        voc_object("wbc", (5, 5, 9, 9), 1),
     )
     write_voc(xml, "b", "renamed.jpg")  # the name inside is an old one
     assert convert(images, xml, "voc") == 0
@@ -86,8 +91,8 @@ def test_pascal_voc(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        voc_object("rbc", (5, 5, 5, 9)),
         voc_object("", (1, 1, 5, 9)),
+        voc_object("rbc", ("x", 1, 5, 9)),
         "<object><name>x</name></object>",
         "<object>",
     ],

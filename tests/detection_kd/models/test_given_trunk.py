@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
-from transformers import AutoBackbone, ResNetConfig
+from transformers import AutoBackbone, ResNetBackbone, ResNetConfig
 
 from detection_kd.models.backbone import (
     build_trunk,
@@ -96,7 +96,8 @@ def test_transformers_from_a_folder_with_its_weights_and_back(tmp_path: Path) ->
     name = f"transformers:{folder}"
     trunk = build_named_trunk(name, "frozen", pretrained=True).eval()
     assert trunk.channels == (12, 16, 20)
-    model = AutoBackbone.from_pretrained(folder, out_features=["stage2", "stage3", "stage4"]).eval()
+    stages = ["stage2", "stage3", "stage4"]
+    model = ResNetBackbone.from_pretrained(folder, out_features=stages).eval()
     for found, expected in zip(trunk(PIXELS), model(PIXELS).feature_maps, strict=True):
         assert torch.allclose(found, expected, atol=1e-6)
     fresh = build_trunk(name, "frozen")

@@ -66,7 +66,7 @@ def test_an_ensemble_is_the_mean_of_its_folds_cut_and_calibrated_by_their_valida
     assert len(folders) == 2
     members = [load_member(folder / "checkpoint_best.pt", CPU) for folder in folders]
     cut = np.mean([read_results(folder)["threshold"] for folder in folders])
-    temperature = np.mean([member.carried["temperature"] for member in members])
+    temperature = np.exp(np.mean([np.log(member.carried["temperature"]) for member in members]))
     rows = read_csv(predicted / "predictions.csv")
     assert len(rows) == 12
     for row in rows:
@@ -190,6 +190,21 @@ def test_a_bag_that_names_no_encoder_is_taken_on_request(tmp_path: Path):
     assert predict_with(run, new / "bags", tmp_path / "out", "unnamed=true") == 0
 
 
+def test_tiles_of_another_resolution_are_warned_of(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    bags = shutil.copytree(trained / "new/bags/h5_files", tmp_path / "bags")
+    with caplog.at_level(logging.WARNING):
+        predict_with(trained / "bench", bags, tmp_path / "same")
+        assert "tiled otherwise" not in caplog.text
+        bag = read_bag(bags / "new_s03.h5")
+        coarse = geometry("new_s03", 4, 3) | {"target_mpp": 1.0}
+        write_bag(bags / "new_s03.h5", bag.features.numpy(), bag.coords, coarse)
+        assert predict_with(trained / "bench", bags, tmp_path / "out") == 0
+    assert "1 slides were tiled otherwise than in training" in caplog.text
+    assert "slide new_s03 has {'target_mpp': 1.0" in caplog.text
+
+
 def test_slides_of_the_training_are_marked_and_not_validated_on(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -263,7 +278,7 @@ def test_heatmaps_are_means_over_the_models(tmp_path: Path):
     for path in (new / "slides").iterdir():
         path.rename(path.with_name(f"new_{path.name}"))
     bench = train_benchmark(old, tmp_path / "bench", "models=[abmil]")
-    more = ("heatmaps=true", f"slides={new}/slides", "workers=0", "drawing.max_side=64")
+    more = ("draw_heatmaps=true", f"slides={new}/slides", "workers=0", "drawing.max_side=64")
     labels = f"labels={new}/labels.csv"
     out = tmp_path / "out"
     assert predict_with(bench, new / "bags", out, labels, *more) == 0

@@ -54,7 +54,9 @@ def test_large_bags_have_the_answer_of_whole_ones(
     model = build(name, DIM, 3, standardize=True, **SMALL[name]).eval()
     streamed = []
     monkeypatch.setattr(
-        prediction, "stream", lambda *given: streamed.append(len(given[1])) or stream(*given, 16)
+        prediction,
+        "stream",
+        lambda *given, **more: streamed.append(len(given[1])) or stream(*given, 16, **more),
     )
     prediction.say_whole.cache_clear()
     expected = predict(model, samples(files, 10**6), CPU)
@@ -84,7 +86,9 @@ def test_attention_of_a_large_bag_is_streamed(
     large = [engine.examine(model, bag, CPU) for bag in samples(files, 0)]
     asked = []
     monkeypatch.setattr(
-        engine, "stream", lambda *given: asked.append(len(given[1])) or stream(*given, 16)
+        engine,
+        "stream",
+        lambda *given, **more: asked.append(len(given[1])) or stream(*given, 16, **more),
     )
     monkeypatch.setattr(prediction, "WHOLE_BYTES", 9 * DIM * 4)
     for bag, whole in zip(samples(files, 0), large, strict=True):
@@ -125,7 +129,7 @@ def test_training_predicts_large_bags_by_streaming(
     monkeypatch.setattr(
         prediction,
         "stream",
-        lambda *given: streamed.append(given[1].features is None) or stream(*given),
+        lambda *given, **more: streamed.append(given[1].features is None) or stream(*given, **more),
     )
     parts = train("parts")
     validated = sum(row["split"] == "val" for row in whole)

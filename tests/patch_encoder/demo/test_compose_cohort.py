@@ -15,7 +15,12 @@ from PIL import Image
 
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.demo.compose_cohort import Config, main
-from patch_encoder.demo.composed_slides import Field, FieldTile, compose_slides, cut_tiles
+from patch_encoder.demo.composition.composed_slides import (
+    Field,
+    FieldTile,
+    compose_slides,
+    cut_tiles,
+)
 from wsi_common.config import load_config
 from wsi_common.errors import UserError
 from wsi_common.files import sha256_file

@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patch_encoder.demo.composed_slides import FieldTile, compose_slides
-from patch_encoder.demo.field_pictures import (
+from patch_encoder.demo.composition.composed_slides import FieldTile, compose_slides
+from patch_encoder.demo.composition.field_pictures import (
     balance_light,
     change_look,
     find_dark_bodies,
     hash_picture,
 )
+from patch_encoder.demo.composition.labelled_fields import (
+    find_fields,
+    merge_duplicates,
+    split_originals,
+)
 from patch_encoder.demo.label_fields import FIELD, NUCLEUS, Config, main
-from patch_encoder.demo.labelled_fields import find_fields, merge_duplicates, split_originals
 from wsi_common.config import load_config
 from wsi_common.errors import UserError
 
@@ -59,7 +63,7 @@ def make_fields(folder: Path, originals: int = 6, number: int = 3) -> Path:
 
 
 def config(source: Path, output: Path, **keys: object) -> Config:
-    given = {"fields": source, "output": output, "size": "[128,96]", "crop": 96,
+    given = {"fields": source, "output": output, "size": "[128,96]", "middle": 96,
              "smallest_body": 12, **keys}  # fmt: skip
     return load_config(Config, [f"{name}={value}" for name, value in given.items()])
 
@@ -212,8 +216,8 @@ def test_started_again_it_writes_what_is_missing(source: Path, labelled: Path) -
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"size": "[128]"}, "expected a width and a height of crop=96 px"),
-        ({"crop": 100}, "size=.*expected a width and a height"),
+        ({"size": "[128]"}, "expected a width and height of middle=96 px"),
+        ({"middle": 100}, "size=.*expected a width and height"),
         ({"train_share": 0.9, "val_share": 0.2}, "expected shares between 0 and 1"),
         ({"normal_kinds": "[XX]"}, "split train: expected fields of normal_kinds"),
         ({"look": "gray"}, "key 'look'"),

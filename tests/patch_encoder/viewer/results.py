@@ -24,7 +24,7 @@ SIDE, MPP = 1300, 0.5  # of the slide: px, um per px
 TILE = 100  # px of a scored tile
 BOXES = np.array([[260.0, 300, 380, 420], [820, 700, 900, 760]], np.float32)
 FIGURES = np.array([[650.0, 1100.0], [200, 1100]])
-SLIDE_IDS = ("S1", "odd #1 50%")
+SLIDE_IDS = ("S1", "S2 odd #1 50%")
 
 
 def write_results(root: Path) -> dict[str, str]:
@@ -34,7 +34,7 @@ def write_results(root: Path) -> dict[str, str]:
         write_layers(root, slide_id)
     rows = [{"slide_id": name, "mitoses": 1, "per_mm2": 2.5} for name in SLIDE_IDS]
     write_csv(root / "mitoses" / "counts.csv", ["slide_id", "mitoses", "per_mm2"], rows)
-    folders = ("slides", "outlines", "heatmaps", "detections", "mitoses", "grade_maps")
+    folders = ("slides", "outlines", "heat", "detections", "mitoses", "grade_maps")
     return {name: str(root / name) for name in folders}
 
 
@@ -50,7 +50,7 @@ def write_layers(root: Path, slide_id: str) -> None:
     candidates = Candidates(FIGURES, np.array([0.8, 0.3]))
     write_points_geojson(root / "mitoses" / "geojson" / name, candidates, count, (0, 0))
     write_grades(root / "grade_maps" / "geojson" / name, slide_id)
-    write_heat(root / "heatmaps", slide_id)
+    write_heat(root / "heat", slide_id)
 
 
 def write_grades(path: Path, slide_id: str) -> None:

@@ -94,7 +94,7 @@ def test_every_layer_is_drawn_where_it_belongs(browser: Chromium, pages: Path) -
         "outlines": (100, 400),
         "detections": ((BOXES[0, 0]), (BOXES[0, 1] + BOXES[0, 3]) / 2),
         "mitoses": (FIGURES[0, 0], FIGURES[0, 1]),
-        "heatmaps": (1150, 1150),
+        "heat": (1150, 1150),
         "grade_maps": (1150, 50),
     }
     nowhere = [(600, 900), (60, 60), (1050, 400)]
@@ -113,8 +113,8 @@ def test_every_layer_is_drawn_where_it_belongs(browser: Chromium, pages: Path) -
 
 def test_heat_has_the_colours_of_its_scores(browser: Chromium, pages: Path) -> None:
     """The highest tile is the yellow end of viridis, the lowest one the violet end."""
-    open_page(browser, pages, "S1", "x=650&y=650&side=1300&layers=heatmaps")
-    browser.evaluate("layers.find(l => l.id === 'heatmaps').opacity = 1, redraw()")
+    open_page(browser, pages, "S1", "x=650&y=650&side=1300&layers=heat")
+    browser.evaluate("layers.find(l => l.id === 'heat').opacity = 1, redraw()")
     picture = take_picture(browser)
     for place, colour in (((1150, 1150), (253, 231, 37)), ((750, 750), (70, 8, 91))):
         found = colour_at(picture, find_pixel(browser, *place))
@@ -123,10 +123,10 @@ def test_heat_has_the_colours_of_its_scores(browser: Chromium, pages: Path) -> N
 
 def test_pointer_tells_scores(browser: Chromium, pages: Path) -> None:
     open_page(
-        browser, pages, "S1", "x=650&y=650&side=1300&layers=heatmaps.detections.mitoses.grade_maps"
+        browser, pages, "S1", "x=650&y=650&side=1300&layers=heat.detections.mitoses.grade_maps"
     )
     browser.evaluate(
-        "layers.find(l => l.id === 'heatmaps').on || layers.find(l => l.id === 'heatmaps').set(true)"
+        "layers.find(l => l.id === 'heat').on || layers.find(l => l.id === 'heat').set(true)"
     )
     said = {}
     places = {"box": (320, 360), "figure": FIGURES[0], "tile": (1150, 1150), "grade": (1150, 50)}
@@ -195,11 +195,11 @@ def test_the_overview_leads_to_the_pages(browser: Chromium, pages: Path) -> None
     assert heads[1:6] == ["slide", "case", "label", "predicted", "p(tumour)"]
     assert {"mitoses", "per_mm2", "detections"} <= set(heads)
     names = "[...document.querySelectorAll('tbody tr:not([hidden]) .name')].map(n => n.textContent)"
-    assert browser.evaluate(names) == ["S1", "odd #1 50%"]
+    assert browser.evaluate(names) == ["S1", "S2 odd #1 50%"]
     browser.evaluate("document.querySelectorAll('th button')[0].click()")
-    assert browser.evaluate(names) == ["S1", "odd #1 50%"][::-1]
+    assert browser.evaluate(names) == ["S1", "S2 odd #1 50%"][::-1]
     browser.evaluate("(f => { f.value = 'odd'; f.oninput(); })(document.getElementById('find'))")
-    assert browser.evaluate(names) == ["odd #1 50%"]
+    assert browser.evaluate(names) == ["S2 odd #1 50%"]
     browser.evaluate("document.querySelector('tbody tr:not([hidden]) .name a').click()")
     browser.wait_for(f"typeof SLIDE === 'object' && {READY}")
-    assert browser.evaluate("document.querySelector('h1').textContent") == "odd #1 50%"
+    assert browser.evaluate("document.querySelector('h1').textContent") == "S2 odd #1 50%"

@@ -87,9 +87,11 @@ def find_dark_bodies(picture: UInt8[np.ndarray, "h w 3"], smallest: int) -> list
     mask: Bool[np.ndarray, "h w"] = (
         uniform_filter(spots.astype(np.float32) / STEPS, SCALES[0]) > CHROMATIN
     )
+    numbers = label(mask, connectivity=1)
+    large = np.bincount(numbers.ravel()) >= smallest  # debris has thousands of specks
     bodies = []
-    for body in regionprops(label(mask, connectivity=1)):
-        if body.area >= smallest and body.solidity > LEAST_SOLID:
+    for body in regionprops(np.where(large[numbers], numbers, 0)):
+        if body.solidity > LEAST_SOLID:
             y0, x0, y1, x1 = body.bbox
             bodies.append((int(body.area), (x0, y0, x1, y1)))
     return bodies

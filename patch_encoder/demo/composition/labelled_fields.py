@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from patch_encoder.demo.composed_slides import SPLITS
+from patch_encoder.demo.composition.composed_slides import SPLITS
 from wsi_common.errors import UserError
 
 NAME = re.compile(r"(?P<original>(?P<kind>[^_]+)_.*?)[_ ]*\((?P<number>\d+)\).*")

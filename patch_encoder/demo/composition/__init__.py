@@ -1,0 +1,1 @@
+"""Fields of real tissue, and the slides that are composed of them."""
