@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Chromium:
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(theirs_in)
         os.close(theirs_out)
@@ -143,6 +145,16 @@ class Chromium:
             elif event.get("method") == "Runtime.consoleAPICalled" and about["type"] == "error":
                 found.append(str(about["args"]))
         return found
+
+    def cpu_seconds(self) -> float:
+        """Processor seconds of all processes of the browser since its start."""
+        ticks = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it ended meanwhile
+                fields = path.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self._process.pid:  # its session
+                    ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def __enter__(self) -> Chromium:
         return self

@@ -5,12 +5,15 @@ are written, beside OpenSlide's own Deep Zoom generator.
     python -m benchmarks.slide_page --part tiles --side 12000
 
 The slide is a rendered smear on glass, repeated in mirrored pieces, as a JPEG-compressed tiled TIFF
-without lower levels. Its page has a tissue outline, scored tiles of 256 px and 5,000 detections.
-`page` opens it from the disk in a headless Chromium, which is started anew each time: milliseconds
-from the request until all tiles of the first view are there and the layers are drawn, and of one
-frame while the view moves. `tiles` writes a pyramid with one process and, taking turns, with the
-loop of OpenSlide's example (DeepZoomGenerator, same tile size and quality); processor seconds, so
-that other work on the machine counts less.
+with levels of 1/4 and 1/16. Its page has a tissue outline, scored tiles of 256 px and 5,000
+detections. `--fine 10` gives an outline of the middle 10 % and keeps the rest four times coarser
+(only_tissue=true), which is sixteen times less to write and the same page to open.
+`page` opens it from the disk in a headless Chromium, a new one each time, after the overview:
+milliseconds from the request until all tiles of the first view are there and the layers are drawn,
+processor seconds of all processes of the browser for that, and milliseconds of one frame while the
+view moves. `tiles` writes a pyramid with one process and, taking turns, with the loop of
+OpenSlide's example (DeepZoomGenerator, same tile size and quality); processor seconds, so that
+other work on the machine counts less.
 """
 
 from __future__ import annotations
@@ -74,24 +77,33 @@ def render(path: Path, side: int) -> Path:
     smear, _ = draw_smear(plan_smear((1,), PIECE, (40.0, 75.0), 0.1))
     temporary = path.with_suffix(".part")
     with tifffile.TiffWriter(temporary, bigtiff=side > 40000) as writer:
-        writer.write(
-            encode(pieces(smear, side, 1)),
-            shape=(side, side, 3),
-            dtype=np.uint8,
-            tile=(TILE, TILE),
-            compression="jpeg",
-            photometric="rgb",
-            resolution=(1e4 / MPP, 1e4 / MPP),
-            resolutionunit="CENTIMETER",
-        )
+        for factor in (1, 4, 16):
+            writer.write(
+                encode(pieces(smear, side, factor)),
+                shape=(side // factor, side // factor, 3),
+                dtype=np.uint8,
+                tile=(TILE, TILE),
+                compression="jpeg",
+                photometric="rgb",
+                subfiletype=int(factor > 1),
+                resolution=(1e4 / MPP / factor, 1e4 / MPP / factor),
+                resolutionunit="CENTIMETER",
+            )
     return temporary.rename(path)
 
 
-def write_results(root: Path, side: int, detections: int) -> dict[str, str]:
-    """Results on the slide as the stages leave them; returns the keys of the page."""
+def write_results(root: Path, side: int, detections: int, fine: float) -> dict[str, str]:
+    """Results on the slide as the stages leave them; returns the keys of the page.
+
+    Args:
+        root: gets the results.
+        side: of the slide, px.
+        detections: number of them.
+        fine: share of the slide's radius that the outline has.
+    """
     rng, middle, radius = np.random.default_rng(0), side / 2, 0.42 * side
     angles = np.linspace(0, 2 * np.pi, 720, endpoint=False)
-    ring = middle + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+    ring = middle + fine * radius * np.stack([np.cos(angles), np.sin(angles)], 1)
     write_geojson(root / "outlines" / "slide.geojson", [Outline(ring)], MPP, (0, 0))
     features = []
     for x, y, size, score in zip(
@@ -123,37 +135,51 @@ def write_results(root: Path, side: int, detections: int) -> dict[str, str]:
     return {name: str(root / name) for name in ("outlines", "detections", "heat")}
 
 
-def open_page(page: Path, times: int) -> list[tuple[float, list[float]]]:
-    """(ms until the page is whole, ms of each frame) of several browsers, one after the other."""
+def open_page(page: Path, times: int) -> list[tuple[float, float, list[float]]]:
+    """(ms until the page is whole, processor seconds until then, ms of each frame) of several
+    browsers, one after the other.
+    """
     program = find_chromium()
     if program is None:
         raise SystemExit("expected Chromium, found none; install it to open the page")
     found = []
     for _ in range(times):
         with Chromium(program, timeout=240) as browser:
+            browser.open(page.parents[1] / "index.html")  # a browser that runs, as a reader's does
+            browser.wait_for("document.readyState === 'complete'")
+            time.sleep(1)
+            start = browser.cpu_seconds()
             browser.open(page)
             ready = browser.wait_for("document.documentElement.dataset.ready")
+            used = browser.cpu_seconds() - start
             lost = browser.evaluate("document.documentElement.dataset.failed")
             assert lost == "0" and not browser.problems(), browser.problems()
-            found.append((float(ready), browser.evaluate(FRAMES)))
+            found.append((float(ready), used, browser.evaluate(FRAMES)))
     return found
 
 
-def measure_page(folder: Path, side: int, workers: int, times: int, detections: int) -> None:
+def measure_page(
+    folder: Path, side: int, workers: int, times: int, detections: int, fine: float
+) -> None:
     """Make the page of a large slide and open it."""
     slide = render(folder / f"slide_{side}" / "slide.tiff", side)
     say(f"{slide}: {slide.stat().st_size / 1e6:.0f} MB")
-    keys = write_results(folder / f"results_{side}", side, detections)
+    keys = write_results(folder / f"results_{side}", side, detections, fine)
     output = folder / f"pages_{side}"
     start = time.perf_counter()
-    assert make_pages(Config(slides=str(slide), output=str(output), workers=workers, **keys)) == 0
+    config = Config(
+        slides=str(slide), output=str(output), workers=workers, only_tissue=fine < 1, **keys
+    )
+    assert make_pages(config) == 0
     seconds = time.perf_counter() - start
     record = json.loads((output / "tiles" / "slide.json").read_text())
     say(f"{record['tiles']:,} tiles, {seconds:.0f} s with {workers} processes (0: were there)")
     found = open_page(output / "slides" / "slide.html", times)
-    frames = [statistics.median(each) for _, each in found]
-    print(f"first whole view, ms: {', '.join(f'{ready:.0f}' for ready, _ in found)}")
-    print(f"a frame of all layers, ms: {', '.join(f'{each:.1f}' for each in frames)}")
+    for ready, used, frames in found:
+        print(
+            f"first whole view {ready:.0f} ms, {used:.2f} processor seconds, "
+            f"a frame of all layers {statistics.median(frames):.1f} ms"
+        )
 
 
 def write_with_generator(slide: Path, output: Path) -> int:
@@ -198,7 +224,7 @@ def measure_tiles(folder: Path, side: int, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, side=100000, workers=2, times=3, detections=5000)
+    parser = make_parser(__doc__, side=100000, workers=2, times=3, detections=5000, fine=100)
     parser.add_argument("--part", choices=("page", "tiles"), default="page")
     parser.add_argument("--folder", type=Path, default=Path("runs/slide_page"))
     arguments = parser.parse_args()
@@ -207,7 +233,7 @@ def main() -> None:
     else:
         measure_page(
             *(arguments.folder, arguments.side, arguments.workers),
-            *(arguments.times, arguments.detections),
+            *(arguments.times, arguments.detections, arguments.fine / 100),
         )
 
 
