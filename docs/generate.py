@@ -207,7 +207,7 @@ def encoder_page() -> str:
             "-" if row.width is None else str(row.width),
             ", ".join(map(code, row.tile_encoders)) or "any",
             "any" if row.mpp is None else f"{row.tile} px, {row.mpp:g} um/px",
-            escape(row.licence) + (" (gated)" if row.gated else ""),
+            (escape(row.licence) or "-") + (" (gated)" if row.gated else ""),
             "code of its authors" if row.remote_code else "rebuilt here",
             code(row.weights) if row.weights else "none needed, or a file",
             escape(row.citation) or "-",

@@ -187,7 +187,7 @@ def main(config: Config) -> int:
     bags = select_bags(config, failures)
     job = open_encoding(config, next(iter(bags.values())))
     check_writable(job.folder)
-    logger.info("%s: %s, licence %s", STAGE, job.encoder.name, job.encoder.row.licence)
+    logger.info("%s: %s, licence: %s", STAGE, job.encoder.name, job.encoder.provenance["licence"])
     written = 0
     for slide_id, file in progress(bags.items(), f"{job.folder.name} vectors", len(bags), "slides"):
         try:

@@ -1,7 +1,7 @@
 """A detector as an ONNX file, and such a file as a detector.
 
 The file takes uint8 pixels (B, 3, H, W) of one size, in batches of any size (of one picture, where
-torch cannot leave that free for a trunk), and gives `scores` (B,
+torch cannot leave that free for a detector), and gives `scores` (B,
 queries, classes) in 0..1 and `boxes` (B, queries, 4), xyxy as fractions of the picture. The
 normalisation is part of the graph; the deformable attention is exported in the form of
 `ops.gather`. What `build_detector` needs stands in the file's metadata. Height and width are fixed:
@@ -92,7 +92,9 @@ def export_detector(
         traced = pixels[:1].repeat(TRACED, 1, 1, 1)
         exported, batch = export_program(graph, traced, (0,), outputs), 0
     except torch.onnx.OnnxExporterError:
-        logger.info("export: torch cannot leave the batch of this trunk free; it is one picture")
+        logger.info(
+            "export: torch cannot leave the batch free; the file takes one picture at a time"
+        )
         try:
             exported, batch = export_program(graph, pixels[:1], (), outputs), 1
         except torch.onnx.OnnxExporterError as error:

@@ -238,6 +238,7 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     config |= {"bags": describe_bags(bags, job.digests, patients)}
     config |= {"precision": settings.training.precision, "unit": settings.unit}
     config |= {} if encoder is None else {"covariates": encoder.to_dict()}
+    config |= {} if job.init is None else {"init": job.init.name}  # its licence may matter
     if world.device.type == "cpu":
         reuse_large_blocks()  # after the bags were read, which stay
     decided = (settings.training, settings.seed)

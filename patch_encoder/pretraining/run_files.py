@@ -34,13 +34,14 @@ def share_backbone(folder: Path, description: str, settings: Mapping[str, Any]) 
     Args:
         folder: of the run, with `backbone.pt`.
         description: name of the file there that says how the network is built.
-        settings: of the run.
+        settings: of the run, with its `epochs`.
     """
     file = folder / BACKBONE
     described = {"backbone": read_json(folder / description, "the description of a backbone")}
     content = {
         "model": load_tensors(file, "a backbone"),
         "config": {**described, "training": dict(settings)},
+        "epoch": settings["epochs"],
     }
     write_shared_weights(folder, content)
 

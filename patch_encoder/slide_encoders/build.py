@@ -87,7 +87,11 @@ def build_slide_encoder(
     extra |= {"pool": pool} if pool != "published" else {}
     extra |= {"organ": organ} if organ else {}
     digest = "none" if name in POOLS else digest_weights(module)
-    provenance = {"encoder": name, "weights_sha256": digest, "licence": row.licence} | extra
+    provenance = {
+        "encoder": name,
+        "weights_sha256": digest,
+        "licence": row.licence or "none",
+    } | extra
     return SlideEncoder(name, row, module, takes, in_dim, provenance)
 
 

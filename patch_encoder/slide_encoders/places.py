@@ -72,14 +72,9 @@ def place_slide(bag: Bag) -> Coordinates | None:
     tile, corners = coordinates.geometry, coordinates.coords
     low, high = corners.min(0), corners.max(0) + tile.patch_size_level0
     side = int((high - low).max())
+    # target_size and target_mpp stay those of the tiles that were encoded
     geometry = replace(
-        tile,
-        patch_size=side,
-        patch_size_level0=side,
-        patch_level=0,
-        target_size=round(tile.target_size * side / tile.patch_size_level0),
-        overlap=0.0,
-        step_level0=0,
+        tile, patch_size=side, patch_size_level0=side, patch_level=0, overlap=0.0, step_level0=0
     )
     return Coordinates(low[None], geometry)
 

@@ -28,7 +28,7 @@ class SlideEncoderRow:
         weights: where its hub keeps the weights; empty where no hub does.
         file: name of the weights file there.
         precision: what its authors run it in on a GPU; a CPU computes in fp32.
-        licence: of the weights.
+        licence: of the weights; empty: it has none, or they are the user's own.
         gated: access has to be asked for at the hub.
         citation: where it was published.
     """
@@ -43,7 +43,7 @@ class SlideEncoderRow:
     weights: str = ""
     file: str = ""
     precision: str = "fp32"
-    licence: str = "Apache-2.0"
+    licence: str = ""
     gated: bool = False
     citation: str = ""
 

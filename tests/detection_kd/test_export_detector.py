@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random detector of two classes, and three pictures."""
     path = tmp_path_factory.mktemp("export")
     torch.manual_seed(2)
-    model = DeformableDETR(Backbone("test_convnext", "batch"), 2, SIZES)
+    model = DeformableDETR(Backbone("resnet18", "batch"), 2, SIZES)
     for parameter in model.parameters():  # heads start at 0: every box would be the same
         parameter.data += 0.02 * torch.randn_like(parameter)
     described = describe_detector(model, ["cell", "lesion"])
@@ -80,8 +80,9 @@ def test_the_file_detects_what_the_detector_does(folder: Path, exported: Path) -
     network, noted = open_detector(exported / "detector.onnx")
     assert isinstance(network, OnnxDetector)
     assert noted["categories"] == description["categories"]
-    assert noted["operating_point"] == description["operating_point"] and noted["batch"] == 0
-    for count in (1, 3):  # it was exported with two
+    assert noted["operating_point"] == description["operating_point"]
+    assert noted["batch"] in (0, 1)  # any, or one after the other
+    for count in (1, 3):
         pixels = torch.randint(0, 255, (count, 3, 64, 96), dtype=torch.uint8)
         padding = torch.zeros(count, 64, 96, dtype=torch.bool)
         with torch.no_grad():

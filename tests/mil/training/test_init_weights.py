@@ -153,7 +153,8 @@ def test_a_training_starts_from_a_file_and_says_so(
     assert "loaded 4 tensors" in caplog.text and "made anew: head" in caplog.text
     cpu = torch.device("cpu")
     first, _ = load_classifier(tmp_path / "first" / "checkpoint_best.pt", cpu)
-    second, _ = load_classifier(tmp_path / "second" / "checkpoint_best.pt", cpu)
+    second, checkpoint = load_classifier(tmp_path / "second" / "checkpoint_best.pt", cpu)
+    assert checkpoint["config"]["init"] == "checkpoint_best.pt", "sharing asks for its licence"
     assert torch.equal(first.model.embed[0].weight, second.embed[0].weight)
     assert not torch.equal(first.model.head.weight, second.head.weight)
     # the weights are one of the run's inputs

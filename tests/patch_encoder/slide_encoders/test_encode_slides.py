@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mil import benchmark
+from mil.training.bag_record import read_tiling
 from patch_encoder import encode_slides, extract_regions
 from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.bags.paths import list_bags
@@ -77,6 +78,8 @@ def test_pools_write_one_vector_per_slide_with_its_provenance(root: Path, pool: 
         # the one row lies where the slide's tiles lie
         side = bag.coordinates().geometry.patch_size_level0
         low, high = tiles.coords.amin(0), tiles.coords.amax(0) + STEP
+        # and says how these were cut, by which mil.predict tells tiles of another size
+        assert read_tiling(bag) == read_tiling(tiles) == {"target_mpp": 0.5, "target_size": STEP}
         assert torch.equal(bag.coords[0], low) and side == int((high - low).max())
 
 
@@ -88,8 +91,15 @@ def test_vectors_are_a_feature_set_of_the_benchmark(root: Path):
     rows += [f"C{number},S{number},{'ab'[number % 2]}" for number in range(12)]
     (root / "labels.csv").write_text("\n".join(rows) + "\n")
     keys = [f"labels={root}/labels.csv", f"features=[{root}/out/mean-tiny]", f"output={root}/bench"]
-    keys += ["models=[abmil]", "seeds=[1]", "folds=3", "training.epochs=1", "training.min_epochs=0"]
-    assert run(benchmark.main, benchmark.Config, [*keys, "device=cpu", "resamples=5"]) == 0
+    keys += [
+        "models=[abmil, linear_probe]",
+        "seeds=[1]",
+        "folds=3",
+        "training.epochs=1",
+        "training.min_epochs=0",
+    ]
+    keys += ["device=cpu", "resamples=5", "isolated=false"]
+    assert run(benchmark.main, benchmark.Config, keys) == 0
     assert "mean-tiny" in (root / "bench" / "results.csv").read_text()
 
 

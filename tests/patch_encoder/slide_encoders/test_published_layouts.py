@@ -94,6 +94,17 @@ def test_gigapath_from_its_published_layout(
     torch.testing.assert_close(module(features, place(cells)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gigapath_in_half_precision_is_close():
+    module = load_gigapath(published.gigapath_state(), "file").eval()
+    features, places = torch.randn(12, 10), place(draw_cells(12))
+    with torch.inference_mode():
+        expected = module(features, places)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = module(features, places).float()
+    assert found.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.99
+
+
 def test_gigapaths_segments_are_the_authors():
     sizes = np.power(2, np.linspace(np.log2(1024), int(np.log2((262144 // 256) ** 2)), 5))
     assert tuple(sizes.astype(int).tolist()) == gigapath.SEGMENTS
