@@ -249,7 +249,7 @@ class DeformableTransformer(nn.Module):
         )  # (groups * Q, D)
         position = self.proposals.encode(reference).repeat(1, groups, 1)
         return Queries(
-            rows.expand(len(reference), -1, -1), position, reference.repeat(1, groups, 1)
+            rows.expand(reference.shape[0], -1, -1), position, reference.repeat(1, groups, 1)
         )
 
     def with_noised(

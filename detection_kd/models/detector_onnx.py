@@ -37,10 +37,7 @@ from patch_encoder.models.onnx_network import open_session
 from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
-TRACED = 11
-"""Pictures that are traced for a free batch: a number that no other size of a detector is, since
-torch takes equal sizes for the same one (two pictures were taken for a constant).
-"""
+TRACED = 2  # pictures for a free batch: torch takes a single one for a constant
 KEY = "detector"  # metadata of the file: what it is, as JSON
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ def import_onnx() -> Any:
             f"export: expected the packages onnx and onnxscript, found no {error.name}; "
             "pip install 'onnx>=1.18,<2' 'onnxscript>=0.5,<1'"
         ) from None
+    for package in ("onnxscript", "onnx_ir"):  # a line per constant that they fold
+        logging.getLogger(package).setLevel(logging.WARNING)
     return onnx
 
 
