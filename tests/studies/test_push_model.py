@@ -133,7 +133,8 @@ def test_no_slide_id_case_id_or_path_is_shared(classifier: Path, tmp_path: Path)
     slides = json.loads((classifier / "config.json").read_text())["config"]["bags"]["digests"]
     assert len(slides) == 24
     record = load_checkpoint(tmp_path / "o")["config"]["bags"]
-    assert record == {"digests": {}, "encoders": [{}], "cases": []}
+    tilings = [{"target_mpp": 0.5, "target_size": 16.0}]
+    assert record == {"digests": {}, "encoders": [{}], "tilings": tilings, "cases": []}
     for name in ("README.md", "config.json", "sha256.json"):
         text = (tmp_path / "o" / name).read_text()
         assert not [slide for slide in slides if f'"{slide}"' in text]

@@ -238,7 +238,8 @@ def test_pictures_are_written_whole_and_leave_no_state(tmp_path: Path, nothing: 
     files = sorted(
         str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")
     )
-    assert files == ["froc.png", "overlays/4.jpg", "overlays/9.jpg", "precision_recall.png"]
+    curves = ["confusion.png", "froc.png", "precision_recall.png"]
+    assert files == sorted([*curves, "overlays/4.jpg", "overlays/9.jpg"])
     for name in files:
         with Image.open(tmp_path / "out" / name) as picture:
             picture.load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ def test_the_trunk_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.process
-def test_the_network_is_one_graph(warm_python: Path) -> None:
+def test_the_network_is_one_graph() -> None:
     """In a process without checks of types, which no compiler sees through."""
     code = """
 import torch
@@ -167,7 +168,7 @@ for keys in ({"trunk": "small"}, {"trunk": "resnet18", "stage": 1, "pooling": "l
     compiled = torch.compile(model, backend="eager", fullgraph=True)(pixels)
     torch.testing.assert_close(compiled.bags, model(pixels).bags)
 """
-    subprocess.run([warm_python, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(

@@ -291,11 +291,11 @@ print(len(graphs), "graphs")
 @pytest.mark.process
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiles_in_one_graph_for_the_first_image_size_and_one_for_all_others(
-    device: str, root: Path, warm_python: Path
+    device: str, root: Path
 ) -> None:
     # a process of its own: the shape checks of this suite wrap every function in what torch.compile
     # cannot trace
-    command = [warm_python, "-c", GRAPHS, device]
+    command = [sys.executable, "-c", GRAPHS, device]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "2 graphs\n", done.stderr[-3000:] + done.stdout
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -213,10 +214,10 @@ print("one graph")
 
 @pytest.mark.process
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiles_in_one_graph(device: str, root: Path, warm_python: Path) -> None:
+def test_compiles_in_one_graph(device: str, root: Path) -> None:
     # a process of its own: the shape checks of this suite wrap every function in what torch.compile
     # cannot trace
-    command = [warm_python, "-c", ONE_GRAPH, device]
+    command = [sys.executable, "-c", ONE_GRAPH, device]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "one graph" in done.stdout, done.stderr[-3000:]
 

@@ -219,7 +219,7 @@ def test_bad_bags_are_named(tmp_path: Path) -> None:
     cases = {
         "nan.h5": (nan, None, "NaN or infinity in 1 of 3 tiles"),
         "empty.h5": (np.ones((0, 4)), None, "empty bag"),
-        "flat.h5": (np.ones(4), None, "expected features"),
+        "cube.h5": (np.ones((2, 3, 4)), None, "expected features"),
         "coords.h5": (np.ones((3, 4)), np.ones((2, 2)), r"expected coords \(3, 2\)"),
     }
     for name, (features, coords, expected) in cases.items():

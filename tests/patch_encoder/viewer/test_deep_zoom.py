@@ -5,6 +5,7 @@ was stopped goes on.
 from __future__ import annotations
 
 import base64
+import io
 import json
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def halve(picture: np.ndarray) -> np.ndarray:
     height, width = picture.shape[:2]
     wide = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     return wide.reshape(-(-height // 2), 2, -(-width // 2), 2, 3).mean((1, 3))
+
+
+def encode(picture: np.ndarray) -> np.ndarray:
+    """The picture after JPEG of quality 95."""
+    stream = io.BytesIO()
+    Image.fromarray(picture.astype(np.uint8)).save(stream, "JPEG", quality=95)
+    return np.asarray(Image.open(stream), dtype=int)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (512, 512), (513, 1), (2300, 1290), (1023, 1537)])
@@ -114,7 +122,8 @@ def test_files_show_the_slide_and_what_is_left_out_is_glass(slide: Path, tmp_pat
     for level in range(zoom.last, -1, -1):
         found = stitch(tiles / "S1_files", zoom, level)
         there = found[..., 0] >= 0
-        assert np.abs(found - picture)[there].mean() < 4, f"level {level}"
+        lost = np.abs(encode(picture) - picture)[there].mean()  # to JPEG, much in tiny pictures
+        assert np.abs(found - picture)[there].mean() < lost + 1.5, f"level {level}"
         assert there.all() or level > zoom.top
         bits = np.unpackbits(np.frombuffer(base64.b64decode(record["present"][level]), np.uint8),
                              bitorder="little")  # fmt: skip
