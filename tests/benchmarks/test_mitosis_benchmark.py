@@ -31,15 +31,16 @@ def test_memory_is_that_of_a_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # two of four forms, which have all options between them
-    least, most = "data alone", "with a network, 2 workers"
-    monkeypatch.setattr(mitosis, "FORMS", {name: mitosis.FORMS[name] for name in (least, most)})
+    forms = ("data alone", "with a network, 2 workers")
+    monkeypatch.setattr(mitosis, "FORMS", {name: mitosis.FORMS[name] for name in forms})
     sizes = {"fields": 3, "width": 150, "height": 90, "side": 32, "batch": 4, "steps": 3}
     numbers = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["mitosis", "--parts", "memory", *numbers, "--json"])
     mitosis.main()
     found = json.loads(capsys.readouterr().out)["memory"]
     assert all(row["tiles"] == 3 * 5 * 3 for row in found.values())
-    assert 100 < found[least]["MiB"] < found[most]["MiB"] < 8000
+    # at this size both are little more than the libraries, which other processes share or do not
+    assert all(100 < row["MiB"] < 8000 for row in found.values())
 
 
 def test_memory_is_the_most_that_all_processes_held(tmp_path: Path) -> None:
