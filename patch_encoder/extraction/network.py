@@ -23,7 +23,7 @@ from patch_encoder.extraction.onednn_fusion import FusedNetwork
 from patch_encoder.models.onnx_network import OnnxNetwork
 from wsi_common.device import autocast
 from wsi_common.errors import UserError
-from wsi_common.memory import is_out_of_memory
+from wsi_common.memory import is_out_of_memory, reuse_large_blocks
 
 logger = logging.getLogger(__name__)
 CPU_ROWS = 8  # the same for any number of threads: the last bits of a feature may hang on it
@@ -73,6 +73,8 @@ class Network:
     ) -> None:
         self.device, self.precision, self.compiler = device, precision, compiler
         self._kernels = kernels
+        if device.type == "cpu":
+            reuse_large_blocks()  # activations; mapped anew per batch they cost as much again
         # a module without weights would only compute the padding
         self.rows = (
             0
