@@ -18,7 +18,8 @@ from pathlib import Path
 
 from mil.datasets.case_bags import POOLED
 from mil.evaluation.benchmark_folder import read_task
-from mil.evaluation.operating import RULES, with_threshold
+from mil.evaluation.keys import EvaluationKeys
+from mil.evaluation.operating import with_threshold
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
 from mil.evaluation.runs import FinishedRun, read_benchmark_runs
 from mil.evaluation.tables import markdown, write_evaluation
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Config:
+class Config(EvaluationKeys):
     """Keys of an evaluation."""
 
     benchmark: str = key("", "folder that mil.benchmark wrote", path=True)
@@ -57,23 +58,10 @@ class Config:
         "the one that shows most, of a benchmark that was trained with unit=slide",
         choices=("slide", *POOLED),
     )
-    threshold: str = key(
-        "youden",
-        "cut on two classes, chosen on validation slides: best J, or a rate to reach",
-        choices=RULES,
-    )
-    target: float = key(
-        0.95, "the rate that threshold=sensitivity or specificity has to reach on validation slides"
-    )
-    resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
     seed: int = key(
         2024, "seed of everything that is drawn at random; here: the bootstrap resamples"
     )
     xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
-    figures: bool = key(True, "draw figures", runtime=True)
-    figure_format: str = key(
-        "png", "file format of the figures", choices=("png", "svg", "pdf"), runtime=True
-    )
 
 
 def read_benchmark(folder: Path, unit: str = "slide") -> tuple[list[FinishedRun], Task]:

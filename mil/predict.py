@@ -33,7 +33,7 @@ from mil.ensembles.prediction_tables import (
     write_tables,
 )
 from mil.ensembles.subjects import read_subject_covariates, read_subjects
-from mil.evaluation.operating import RULES
+from mil.evaluation.keys import EvaluationKeys
 from mil.heatmaps.attention_maps import check_maps, write_all_maps
 from mil.heatmaps.settings import Drawing, check_drawing
 from mil.tasks.keys import SlideKeys
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Config(SlideKeys):
+class Config(SlideKeys, EvaluationKeys):
     """Keys of a prediction."""
 
     run: str = key(REQUIRED, "run directory; of mil.train, or folder of mil.benchmark", path=True)
@@ -81,14 +81,6 @@ class Config(SlideKeys):
         "seed of everything that is drawn at random; training seed of a benchmark; null: all of "
         "them, as one ensemble",
     )
-    threshold: str = key(
-        "youden",
-        "cut on two classes, chosen on validation slides: best J, or a rate to reach",
-        choices=RULES,
-    )
-    target: float = key(
-        0.95, "the rate that threshold=sensitivity or specificity has to reach on validation slides"
-    )
     unit: str = key(
         "",
         "what one prediction is of; empty: as in the training; case_mean, case_max: a patient, "
@@ -104,11 +96,6 @@ class Config(SlideKeys):
     drawing: Drawing = group(Drawing, "how slides are drawn")
     attention_maps: bool = key(
         False, "write attention/<slide>.h5; every map of every model and its raw scores"
-    )
-    resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
-    figures: bool = key(True, "draw figures", runtime=True)
-    figure_format: str = key(
-        "png", "file format of the figures", choices=("png", "svg", "pdf"), runtime=True
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     threads: int = key(1, "CPU threads per process; of the models", runtime=True)
