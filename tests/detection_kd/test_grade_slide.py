@@ -145,6 +145,14 @@ def test_the_map_is_a_pyramid_in_the_slides_resolution(paths: dict[str, Path]) -
     assert np.ptp(tints, axis=1).max() <= 1
 
 
+def test_a_slide_may_have_any_name(paths: dict[str, Path]) -> None:
+    """The pyramid's comment has letters that ASCII has not."""
+    (paths["slides"] / "biopsy.tiff").rename(paths["slides"] / "Größe 1 µm.tiff")
+    assert grade(paths) == 0
+    with open_slide(paths["output"] / "maps" / "Größe 1 µm.tiff") as slide:
+        assert (slide.width, slide.height) == (WIDTH, HEIGHT)
+
+
 def test_the_page_shows_every_slide_and_its_score(paths: dict[str, Path]) -> None:
     grade(paths, "title=Biopsies of today")
     html = (paths["output"] / "grades.html").read_text()
