@@ -215,8 +215,10 @@ def main(config: Config) -> int:
         "two_speed": tabulate_two_speed(arms),
     }
     for name, rows in tables.items():
+        path = output / f"{name}.csv"
+        path.unlink(missing_ok=True)  # that of an earlier comparison
         if rows:
-            write_csv(output / f"{name}.csv", list(rows[0]), rows)
+            write_csv(path, list(rows[0]), rows)
     figures = {"resolution": draw_pareto(tables["arms"], output / "resolution.png")}
     shown, pixels = choose_shown(arms, config.attention)
     if pixels is not None:

@@ -166,6 +166,8 @@ def test_nothing_is_read_but_the_runs_where_no_attention_is_drawn(
 def test_arms_without_a_teacher_at_hand_have_no_gap(runs: Path, tmp_path: Path) -> None:
     for name in ("ce", "kd"):
         shutil.copytree(runs / "seed1" / name, tmp_path / "runs" / name)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "two_speed.csv").write_text("of an earlier comparison")
     assert evaluate(tmp_path / "runs", tmp_path / "out") == 0
     row = read_rows(tmp_path / "out" / "differences.csv")[0]
     assert row["gap_closed"] == "" and row["seeds_ci_low"] == ""
