@@ -20,7 +20,7 @@ from mil.figures.report import mark_tiles
 from mil.tasks.base import Task
 from mil.tasks.records import Verdict
 from mil.training.bag_record import check_bag
-from mil.training.engine import examine, load_classifier
+from mil.training.engine import examine, load_trained_model
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.slides import open_slide
@@ -163,7 +163,7 @@ def make_example(
     check_fingerprint(slide_file, str(bag.attributes.get("slide_fingerprint", "")), "its features")
     bag.check_finite()
     device = torch.device("cpu")
-    model, content = load_classifier(checkpoint, device)
+    model, content = load_trained_model(checkpoint, device)
     check_bag(choice.slide_id, open_bag(bag_file), content["config"])
     covariates = encode_stored(content["config"], checkpoint, choice.slide_id)
     sample = Sample(choice.slide_id, bag, 0, covariates=covariates)

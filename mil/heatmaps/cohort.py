@@ -25,7 +25,7 @@ from mil.heatmaps.sources import SlidePrediction, Source
 from mil.tasks.base import Task
 from mil.tasks.keys import SlideKeys
 from mil.tasks.table import task_from_dict
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from patch_encoder.bags.bag import COORDS_REMEDY, open_bag
 from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.cohort.failures import Failures
@@ -142,7 +142,7 @@ class FoldScorer:
 
 def load_model(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Task, dict[str, Any]]:
     """A trained classifier, its task, and the configuration in its checkpoint."""
-    model, content = load_classifier(checkpoint, device)
+    model, content = load_trained_model(checkpoint, device)
     return model, task_from_dict(content["config"]["task"]), content["config"]
 
 

@@ -26,7 +26,7 @@ from mil.tasks.cox import Cox
 from mil.tasks.multilabel import LabelPredictions, Multilabel
 from mil.tasks.records import Verdict
 from mil.tasks.survival import RiskPredictions
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.tiles.coordinates import TileGeometry
 from tests.artefacts import copy_of
@@ -282,7 +282,7 @@ def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: P
     bag_file = finished / "bags" / "h5_files" / "s05.h5"
     choice = Choice("s05", 0, Verdict(0.9, "pos", "pos", "probability 0.90"))
     example = make_example(choice, checkpoint, bag_file, finished / "slides" / "s05", None, 4)
-    model, _ = load_classifier(checkpoint, torch.device("cpu"))
+    model, _ = load_trained_model(checkpoint, torch.device("cpu"))
     bag = read_bag(bag_file)
     with torch.no_grad():
         attention = model(bag.features).attention.numpy()

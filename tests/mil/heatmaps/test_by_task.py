@@ -26,7 +26,7 @@ from mil.heatmaps.cohort import load_model
 from mil.heatmaps.scores import score_bag, score_tiles_alone
 from mil.heatmaps.sources import SlidePrediction, read_from_benchmark
 from mil.tasks.records import Verdict
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from patch_encoder.bags.bag import Bag, open_bag, read_bag
 from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.bags.writer import write_bag
@@ -379,7 +379,7 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     with torch.inference_mode():
         tiles = torch.load(bag, weights_only=True).float()
         expected = [
-            float(load_classifier(weights, CPU)[0](tile[None], None).logits.softmax(0)[1])
+            float(load_trained_model(weights, CPU)[0](tile[None], None).logits.softmax(0)[1])
             for tile in tiles
         ]
     np.testing.assert_allclose(alone, expected, rtol=1e-5)

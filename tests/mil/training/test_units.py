@@ -25,7 +25,7 @@ from mil.tasks.classification import Classification
 from mil.tasks.multilabel import Multilabel
 from mil.tasks.ordinal import Ordinal
 from mil.tasks.regression import Regression
-from mil.training.engine import examine, load_classifier
+from mil.training.engine import examine, load_trained_model
 from mil.training.streaming import stream
 from patch_encoder.bags.bag import make_bag, open_bag, slide_grid
 from patch_encoder.bags.writer import write_bag
@@ -184,7 +184,7 @@ def test_pooled_slides_are_the_mean_or_the_highest_of_each_patient(cohorts: Path
 
 def test_a_case_is_trained_on_and_predicted_as_one_bag(cohorts: Path, tmp_path: Path):
     run = train_run(cohorts / "several", tmp_path / "run", "unit=case", "model=abmil")
-    model = load_classifier(run / "checkpoint_best.pt", CPU)[0]
+    model = load_trained_model(run / "checkpoint_best.pt", CPU)[0]
     records = read_csv(cohorts / "several/labels.csv")
     for row in read_csv(run / "predictions.csv"):
         names = [r["slide_id"] for r in records if r["case_id"] == row["case_id"]]
