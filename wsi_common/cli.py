@@ -27,7 +27,7 @@ T = TypeVar("T")
 NO_PLACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
 UNUSABLE = NO_PLACE | {
     errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.ENOTDIR,
-    errno.EISDIR,
+    errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
 
 

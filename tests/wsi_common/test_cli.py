@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from tests.helpers import ROOT
+from wsi_common.cli import run
 
 SCRIPT = """
 from dataclasses import dataclass
@@ -39,6 +41,18 @@ def test_help_into_a_reader_that_stops_early_is_no_error():
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@dataclass
+class Nothing:
+    pass
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
+    file = tmp_path / "run"
+    file.touch()
+    assert run(lambda _: file.mkdir(parents=True, exist_ok=True), Nothing, []) == 2
+    assert "run: expected a place that can be read and written" in capsys.readouterr().err
 
 
 START = """
