@@ -22,7 +22,7 @@ import torch
 
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
-from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.failures import Failures, find_reason
 from patch_encoder.cohort.selection import Selection
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.cohort.slide_files import find_cohort
@@ -125,7 +125,14 @@ def cohort_jobs(
     jobs, without = [], dict(cohort.problems)
     for slide_id, path in cohort.slides.items():
         try:
-            coordinates = read_coordinates(tiled.get(slide_id, folder / f"{slide_id}.h5"))
+            if slide_id not in tiled:
+                reason = find_reason(slide_id, (Path(coords), folder.parent))
+                raise UserError(
+                    f"it was not tiled: {reason}"
+                    if reason
+                    else f"expected its tiles {folder / slide_id}.h5, found none; tile it first"
+                )
+            coordinates = read_coordinates(tiled[slide_id])
         except UserError as error:
             without[slide_id] = str(error)
             continue
