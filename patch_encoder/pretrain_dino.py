@@ -86,7 +86,7 @@ class Config(RunKeys, TileViewKeys):
     )
     preview: int = key(
         0,
-        "draw the views of so many tiles into views.png and stop; 0: train",
+        "draw the views of so many tiles into views.png and stop; at most 32; 0: train",
         runtime=True,
         least=0,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -271,6 +272,32 @@ def test_a_probe_needs_pictures(
     places.write_text("slide_id,x,y,label\ns0,0,0,a\ns1,0,0,b\n")
     assert start(corpus, tmp_path / "run", f"probe.tile_set={places}") == 2
     assert "expected pictures, found places on slides" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("few", "expected two classes or more with at least 5 groups each, found 2 with 4"),
+        ("broken", "7.png: expected a picture"),
+    ],
+)
+def test_pictures_that_cannot_be_probed_are_refused_before_the_training(
+    corpus: list[str],
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    said: str,
+) -> None:
+    copy = Path(shutil.copytree(pictures, tmp_path / name))
+    if name == "few":
+        for number in range(8):
+            (copy / "dark" / f"{number}.png").unlink()
+    else:
+        (copy / "light" / "7.png").write_bytes(b"no picture")
+    assert start(corpus, tmp_path / "run", f"probe.tile_set={copy}") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.process
