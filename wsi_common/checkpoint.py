@@ -71,7 +71,10 @@ def load_tensors(path: str | Path, what: str) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle make unpickling raise anything
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        # of torch's many lines the one that names what was in the way
+        lines = [line.strip() for line in str(error).strip().split("\n")]
+        telling = next((line for line in lines if line.startswith("WeightsUnpickler")), lines[0])
+        reason = telling.split(". Please")[0][:200] or type(error).__name__
         kind = DamagedFile if getattr(error, "errno", None) is None else UserError
         raise kind(
             f"{path}: expected {what} (tensors and plain containers only), cannot be read: {reason}"
