@@ -205,6 +205,8 @@ def test_hipts_file_is_read_by_its_shapes(root: Path, capsys: pytest.CaptureFixt
     assert extract(root, f"weights={file}", "standardise=slide") == 0
     bag = open_bag(list_bags(root / "out" / "vit4k_xs")["S0"])
     assert bag.provenance["standardise"] == "slide" and bag.shape[1] == 64
+    assert extract(root, f"weights={root}/regions") == 2
+    assert "expected a run directory of pretrain_slpd" in capsys.readouterr().err
     save_tensors(file, {"weight": torch.zeros(3)})
     assert extract(root, f"weights={file}") == 2
     assert "or HIPT's vit4k_xs (with keys" in capsys.readouterr().err
