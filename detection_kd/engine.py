@@ -175,7 +175,7 @@ def start_training(
         UserError: as `place_network` says.
     """
     if world.device.type == "cpu":
-        reuse_large_blocks()  # activations; mapped anew per step they cost a quarter more
+        reuse_large_blocks()  # activations; the kernel would clear them anew in every step
     model = place_network(network, world, trunk, compile=compile)
     optimizer = make_optimizer("adamw", network.parameters(), lr, weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
