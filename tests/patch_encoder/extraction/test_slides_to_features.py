@@ -132,6 +132,7 @@ def test_tiles_are_those_that_the_encoder_was_trained_on(
     config = Config()
     choose_tiles(config, known)
     assert (config.tile_size, config.target_mpp) == (tile_size, mpp)
+    assert (known.tile_size, known.target_mpp) == (tile_size, mpp), "as Python has it"
     config = Config(tile_size=384, target_mpp=2.0)
     choose_tiles(config, known)
     assert (config.tile_size, config.target_mpp) == (384, 2.0), "what the user gave wins"
