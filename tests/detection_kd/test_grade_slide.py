@@ -14,7 +14,7 @@ from torch import nn
 from detection_kd.fields.tiling import place_tiles
 from detection_kd.grade_slide import Config, main
 from detection_kd.models.low_resolution import GradingKeys, GradingNetwork, PatchScale
-from detection_kd.whole_slides import tile_grades
+from detection_kd.whole_slides import tile_grades, tile_pass
 from detection_kd.whole_slides.grade_files import COLOURS, OPACITY, find_patterns
 from detection_kd.whole_slides.grade_map import NOTHING
 from patch_encoder.slides import open_slide
@@ -183,6 +183,15 @@ def test_the_page_shows_every_slide_and_its_score(paths: dict[str, Path]) -> Non
     html = (paths["output"] / "grades.html").read_text()
     assert "Biopsies of today" in html and html.count("data:image/jpeg") == 2
     assert "ISUP group 5" in html
+
+
+def test_a_pass_on_a_cpu_keeps_the_memory_of_its_activations(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped anew in every batch, they cost half as much again (lite0 on 16 tiles of 160 px)."""
+    asked: list[bool] = []
+    monkeypatch.setattr(tile_pass, "reuse_large_blocks", lambda: asked.append(True))
+    assert grade(paths) == 0 and asked
 
 
 @pytest.mark.parametrize("workers", [0, 2])
