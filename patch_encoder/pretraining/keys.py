@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from patch_encoder.models.dino_files import find_description, read_description
 from patch_encoder.models.encoder_table import Statistics
 from patch_encoder.pretraining.objective import TARGETS, Objective
 from patch_encoder.pretraining.schedules import DistillationSchedules, scale_lr
-from patch_encoder.selfdistill.backbone import describe_architecture, find_initial_row
+from patch_encoder.selfdistill.backbone import RANDOM, describe_architecture, find_initial_row
 from patch_encoder.selfdistill.student import SelfDistilled, build_student
 from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
 from patch_encoder.selfdistill.view_recipe import ViewRecipe, check_recipe
@@ -46,10 +48,13 @@ class NetworkKeys:
     )
 
     def find_statistics(self) -> Statistics | None:
-        """Statistics of the pixels that named weights were trained with; None: those of a file or
-        of a random start, which are the views' own.
+        """Statistics of the pixels that named weights, or those of an earlier run, were trained
+        with; None: those of another file or of a random start, which are the views' own.
         """
         row = find_initial_row(self.init)
+        if row is None and self.init != RANDOM:
+            described = find_description(Path(self.init.partition("#")[0]))
+            row = None if described is None else read_description(described)
         return None if row is None else row.statistics
 
     def describe(self, image_size: int) -> tuple[str, dict[str, Any]]:

@@ -117,3 +117,20 @@ def test_a_signal_is_not_lost_in(place: str, number: int, status: int) -> None:
     process.send_signal(number)
     _, errors = process.communicate(timeout=25)
     assert process.returncode == status and errors.count("\n") == 1, errors
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_forked_process_without_a_handler_of_its_own_ends_without_a_word(
+    number: int, status: int
+) -> None:
+    fork = "def main(config):\n    import os\n    os.fork() or time.sleep(30)\n    wait()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", START.format(seconds=30, main=fork)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=25)
+    assert process.returncode == status and errors.count("\n") == 1, errors

@@ -18,7 +18,7 @@ from PIL import Image
 from patch_encoder import pretrain_dino
 from patch_encoder.models.encoder_table import EFFICIENTNET_LITE, IMAGENET
 from patch_encoder.models.encoders import build_encoder
-from patch_encoder.pretraining.run_files import write_epoch_log
+from patch_encoder.pretraining.run_files import write_description, write_epoch_log
 from patch_encoder.pretraining.state import keep_predecessor, predecessor, read_newest
 from patch_encoder.tile_stream.reader import TileReader
 from tests.training_rows import slides_inputs
@@ -263,6 +263,19 @@ def test_views_have_the_statistics_of_the_weights_that_training_starts_from(
     config.network.arch, config.network.init = "timm:tf_efficientnet_lite0", "imagenet_lite0"
     recipe = config.make_recipe()
     assert (recipe.mean, recipe.std) == EFFICIENTNET_LITE
+
+
+def test_a_run_that_starts_from_another_one_keeps_its_statistics(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "backbone.pt").touch()
+    sizes = (64, 32, EFFICIENTNET_LITE, 32, None)
+    write_description(tmp_path / "encoder.json", "test_vit", {}, *sizes)
+    config = load_config(pretrain_dino.Config, [*corpus, "output=."])
+    for init in (tmp_path, tmp_path / "backbone.pt"):
+        config.network.init = str(init)
+        recipe = config.make_recipe()
+        assert (recipe.mean, recipe.std) == EFFICIENTNET_LITE
 
 
 def test_a_probe_needs_pictures(
