@@ -53,6 +53,7 @@ from patch_encoder.stain.macenko import fit_macenko
 from wsi_common.checkpoint import save_checkpoint
 from wsi_common.device import autocast, pick_precision
 from wsi_common.distributed import World
+from wsi_common.memory import reuse_large_blocks
 from wsi_common.sampling import balance_epoch
 
 ORIGINAL, SMALL = "UTS", "UTS, reference of 1,000 px"
@@ -166,6 +167,7 @@ def train(a: argparse.Namespace) -> dict[str, float]:
         model = WeakLocaliser(LocaliserKeys(trunk="small", init="random"))
         model = model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters())
+        reuse_large_blocks()  # as a training does
         order = balance_epoch(tiles.labels, 0, 0, a.batch)[: a.steps * a.batch]
         keys = PointAugmentationKeys(rotation=90, elastic=8.5, stain=0.05, colour=0.1)
         device = torch.device("cpu")

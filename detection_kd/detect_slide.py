@@ -145,7 +145,7 @@ def main(config: Config) -> int:
         document = make_detections_document(
             found, job.coordinates, job.path.name, categories, wanted[job.slide_id]
         )
-        write_json(documents[job.slide_id], document)
+        write_json(documents[job.slide_id], document, lines=True)
         logger.info("%s: %d detections", job.slide_id, len(found.scores))
     return failures.write(output)
 

@@ -37,6 +37,7 @@ from detection_kd.models.normalised_network import NormalisedNetwork, place_netw
 from wsi_common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from wsi_common.device import autocast
 from wsi_common.distributed import World, gather_objects, mean_dict, mean_number
+from wsi_common.memory import reuse_large_blocks
 from wsi_common.optim import clip_gradients, make_optimizer
 
 SLOW = (
@@ -173,6 +174,8 @@ def start_training(
     Raises:
         UserError: as `place_network` says.
     """
+    if world.device.type == "cpu":
+        reuse_large_blocks()  # activations; the kernel would clear them anew in every step
     model = place_network(network, world, trunk, compile=compile)
     optimizer = make_optimizer("adamw", network.parameters(), lr, weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")

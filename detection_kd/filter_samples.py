@@ -50,6 +50,7 @@ from wsi_common.device import PRECISIONS, pick_precision
 from wsi_common.distributed import World, init_distributed, require_one_process
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, sha256_file, write_json
+from wsi_common.memory import reuse_large_blocks
 from wsi_common.processes.pool import pick_workers
 from wsi_common.provenance import can_reuse, differences
 
@@ -258,6 +259,8 @@ def main(config: Config) -> int:
         logger.info("%s: finished; nothing to do", record)
         return 0
     scorers = choose_scorers(teachers, tiles)
+    if world.device.type == "cpu":
+        reuse_large_blocks()  # activations; the kernel would clear them anew for every batch
     coloured = normalise_tiles(tiles, restore_field_stain(described["stain"]))
     options = {"batch_size": config.batch_size, "workers": pick_workers(config.workers)}
     options |= {"precision": precision}

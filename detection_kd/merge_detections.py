@@ -119,7 +119,7 @@ def write_slide(
     path = output / "geojson" / f"{slide_id}.geojson"
     write_geojson(path, merged, names, coordinates.geometry.bounds)
     document = make_detections_document(merged, coordinates, slide_id, names, info)
-    write_json(output / "coco" / f"{slide_id}.json", document)
+    write_json(output / "coco" / f"{slide_id}.json", document, lines=True)
     logger.info("%s: %d detections", slide_id, len(merged.scores))
 
 

@@ -15,6 +15,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,31 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write strict JSON atomically: what is not finite is null, not the invalid token `NaN`."""
-    write_text(path, json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
+def write_json(path: str | Path, value: Any, *, lines: bool = False) -> None:
+    """Write strict JSON atomically: what is not finite is null, not the invalid token `NaN`.
+
+    Args:
+        path: of the file.
+        value: what it holds.
+        lines: `value` is a dict; write each entry of its lists on one line. With thousands of
+            entries this is several times as fast, and the file half as long.
+    """
+    dump = _dump_lines if lines else partial(json.dumps, indent=2, allow_nan=False)
+    try:
+        text = dump(value)
+    except ValueError:  # rare, and looking for it takes as long as the writing
+        text = dump(without_nan(value))
+    write_text(path, text + "\n")
+
+
+def _dump_lines(value: Mapping[str, Any]) -> str:
+    dump = json.JSONEncoder(allow_nan=False).encode
+    parts = []
+    for name, item in value.items():
+        listed = isinstance(item, list | tuple) and item
+        text = "[\n    " + ",\n    ".join(map(dump, item)) + "\n  ]" if listed else dump(item)
+        parts.append(f"  {dump(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def without_nan(value: Any) -> Any:

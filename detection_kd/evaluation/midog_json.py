@@ -39,7 +39,8 @@ def write_midog_json(path: Path, found: PointsInUm, threshold: float) -> None:
         }
         for (x, y), score in zip(found.points.tolist(), found.scores.tolist(), strict=True)
     ]
-    write_json(path, {"type": "Multiple points", "points": points, "version": VERSION})
+    content = {"type": "Multiple points", "points": points, "version": VERSION}
+    write_json(path, content, lines=True)
 
 
 def read_midog_json(path: Path) -> tuple[PointsInUm, np.ndarray]:

@@ -234,7 +234,7 @@ def write_coco_points(path: Path, fields: PointSet) -> None:
             )
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
     document = {"images": images, "categories": categories, "annotations": annotations}
-    write_json(path, document)
+    write_json(path, document, lines=True)
 
 
 def find_root(fields: PointSet) -> Path:

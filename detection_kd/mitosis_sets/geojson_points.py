@@ -189,7 +189,7 @@ def write_geojson_points(path: Path, fields: PointSet) -> None:
             "look_alikes": field.look_alikes,
         }
         document = {"type": "FeatureCollection", "features": features, "field": about}
-        write_json(path / f"{field.field_id}.geojson", document)
+        write_json(path / f"{field.field_id}.geojson", document, lines=True)
 
 
 def _find_bounds(path: Path) -> Int[np.ndarray, " 2"]:

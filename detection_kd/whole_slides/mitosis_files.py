@@ -63,7 +63,7 @@ def write_slide_files(
     document = make_detections_document(
         boxes, job.coordinates, job.path.name, list(CLASSES), dict(info)
     )
-    write_json(document_path(output, name), document | {"count": asdict(count)})
+    write_json(document_path(output, name), document | {"count": asdict(count)}, lines=True)
 
 
 def make_boxes(found: Candidates, mitoses: Bool[np.ndarray, " n"]) -> FoundBoxes:
@@ -102,7 +102,7 @@ def write_points_geojson(
     ]
     for spot in count.hot_spots:
         features.append(_make_polygon(spot, spot.outline() / count.mpp - offset))
-    write_json(path, {"type": "FeatureCollection", "features": features})
+    write_json(path, {"type": "FeatureCollection", "features": features}, lines=True)
 
 
 def _make_point(point: list[float], score: float, mitosis: bool, atypical: float) -> dict[str, Any]:

@@ -210,4 +210,4 @@ def write_geojson(
                 "properties": properties,
             }
         )
-    write_json(path, {"type": "FeatureCollection", "features": features})
+    write_json(path, {"type": "FeatureCollection", "features": features}, lines=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.loop import ExtractSettings, tile_batches
-from patch_encoder.extraction.tile_batches import TileSequence
+from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 from patch_encoder.tiles.coordinates import SlideJob
 from wsi_common.files import read_json
+from wsi_common.memory import reuse_large_blocks
 from wsi_common.progress import Progress
 from wsi_common.provenance import can_reuse
 
@@ -59,11 +60,11 @@ def find_in_slides(
     jobs = sequence.jobs
     collectors: dict[int, TileCollector[Found, Result]] = {}
     counts, broken = [0] * len(jobs), set[int]()
+    if settings.device.type == "cpu":
+        reuse_large_blocks()  # activations; the kernel would clear them anew for every batch
     with Progress("detections", len(sequence), "tiles") as bar:
         for batch in tile_batches(sequence, settings):
-            for bad in batch.failures:
-                broken.add(bad.slide)
-                failures.add(jobs[bad.slide].slide_id, bad.error)
+            broken |= _enter_failures(batch, jobs, failures)
             if batch.items is not None:
                 owners = batch.slides.tolist()
                 tiles = detect(batch.items, [jobs[index] for index in owners])
@@ -79,6 +80,13 @@ def find_in_slides(
                     collector = collectors.pop(index, None)
                     if collector is not None and index not in broken:
                         yield jobs[index], collector.merge()
+
+
+def _enter_failures(batch: TileBatch, jobs: Sequence[SlideJob], failures: Failures) -> set[int]:
+    """The slides whose tiles could not be read, now in the list of failures."""
+    for bad in batch.failures:
+        failures.add(jobs[bad.slide].slide_id, bad.error)
+    return {bad.slide for bad in batch.failures}
 
 
 def to_tensor(tile: np.ndarray) -> Tensor:

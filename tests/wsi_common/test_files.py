@@ -153,6 +153,11 @@ def test_a_script_that_is_told_to_end_leaves_no_temporary(
 def test_json_has_null_for_nan_and_reports_broken_files(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"auc": float("nan"), "more": [1.0, (float("inf"),)]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"auc": None, "more": [1.0, [None]]}
+    values = {"n": 2, "none": [], "more": [{"x": float("nan")}, [1, 2]], "about": {"a": [1]}}
+    write_json(tmp_path / "l.json", values, lines=True)
+    text = (tmp_path / "l.json").read_text()
+    assert json.loads(text) == {**values, "more": [{"x": None}, [1, 2]]}
+    assert text.splitlines()[4:6] == ['    {"x": null},', "    [1, 2]"]
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(UserError, match="expected a cost table as JSON"):
         read_json(tmp_path / "b.json", "a cost table")
