@@ -4,17 +4,18 @@ at.
     python -m detection_kd.evaluate_resolution runs=runs/at_plus output=runs/at_plus/comparison
 
 Reads every finished run of `train_resolution_kd` below `runs`; runs that differ in seed and fold
-alone are one arm. Writes arms.csv (metrics with intervals by case, and costs), differences.csv
-(each distillation minus the labels alone, run by run with the same seed and fold, and the share of
-the gap to the teacher that it closes), two_speed.csv (kappa against the share of patches that the
-teacher grades), resolution.png, attention.png and resolution.html.
+alone are one arm. Writes arms.csv (metrics with intervals by case, and costs; and what colour alone
+reaches at the same ratios), differences.csv (each distillation minus the labels alone, run by run
+with the same seed and fold, and the share of the gap to the teacher that it closes), two_speed.csv
+(kappa against the share of patches that the teacher grades), resolution.png, attention.png and
+resolution.html.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,22 @@ import numpy as np
 
 from detection_kd.evaluation.grading_metrics import (
     METRICS,
+    GradedRun,
     compare_arms,
     grade_metrics,
     summarise_arm,
 )
-from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.patch_pixels import PatchPixels
 from detection_kd.grading.arms import PLAIN, ArmName, GraderRun, group_arms, read_runs
+from detection_kd.grading.colour_baseline import (
+    grade_by_colour,
+    name_colour,
+    read_settings,
+    read_split_of,
+)
 from detection_kd.grading.network_cost import NetworkCost, measure_costs
 from detection_kd.grading.two_speed import mix_speeds
 from detection_kd.models.low_resolution import load_grading_network
-from wsi_common.checkpoint import load_checkpoint
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.device import PRECISIONS, pick_device, pick_precision
@@ -59,8 +65,11 @@ class Config:
     rounds: int = key(
         5, "timed rounds, of which the median counts; networks take turns in them", least=1
     )
-    attention: int = key(
-        4, "test patches whose attention maps are drawn; 0: none, and no patch is read", least=0
+    attention: int = key(4, "test patches whose attention maps are drawn; 0: none", least=0)
+    colour: bool = key(
+        True,
+        "also grade by 33 colour numbers per patch, at every ratio; false, with attention=0: no "
+        "patch is read",
     )
     precision: str = key(
         "auto",
@@ -74,17 +83,26 @@ class Config:
 
 def tabulate_arms(arms: Arms, costs: Mapping[str, NetworkCost], config: Config) -> list[Row]:
     """One line per arm: what it is, its metrics with intervals by case, its costs, which are named
-    by the arm without a teacher.
+    by the arm without a teacher. Last comes what colour alone reaches at each ratio.
     """
     rows = []
     for arm, runs in arms.items():
-        graded = [run.graded for run in runs]
-        summary = summarise_arm(graded, config.resamples, config.seed)
-        row: Row = {**arm._asdict(), "runs": len(runs)}
-        for name in METRICS:
-            row |= interval_columns(summary, name) | {f"{name}_std": summary[f"{name}_std"]}
+        row = describe_arm(arm, [run.graded for run in runs], config)
         rows.append(row | asdict(costs[str(arm.plain)]))
+    free: Row = dict.fromkeys(field.name for field in fields(NetworkCost))
+    for ratio in sorted({arm.ratio for arm in arms}) if config.colour else ():
+        graded = grade_by_colour((run for runs in arms.values() for run in runs), ratio)
+        rows.append(describe_arm(name_colour(ratio), graded, config) | free)
     return rows
+
+
+def describe_arm(arm: ArmName, graded: Sequence[GradedRun], config: Config) -> Row:
+    """Name and metrics of an arm."""
+    summary = summarise_arm(graded, config.resamples, config.seed)
+    row: Row = {**arm._asdict(), "runs": len(graded)}
+    for name in METRICS:
+        row |= interval_columns(summary, name) | {f"{name}_std": summary[f"{name}_std"]}
+    return row
 
 
 def tabulate_differences(arms: Arms, config: Config) -> list[Row]:
@@ -166,9 +184,8 @@ def tabulate_two_speed(arms: Arms) -> list[Row]:
 
 def read_test_patches(run: GraderRun) -> PatchPixels:
     """The test patches of a run, from the data that its checkpoint names."""
-    settings = load_checkpoint(run.checkpoint)["config"]["training"]
-    split = read_graded_split(GradedSetKeys(**settings["data"]), settings["split_seed"])
-    return PatchPixels(split.test, settings["tile_size"])
+    settings = read_settings(run)
+    return PatchPixels(read_split_of(run, settings).test, settings["tile_size"])
 
 
 def group_confusions(arms: Arms) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
@@ -215,8 +232,10 @@ def main(config: Config) -> int:
         "two_speed": tabulate_two_speed(arms),
     }
     for name, rows in tables.items():
+        path = output / f"{name}.csv"
+        path.unlink(missing_ok=True)  # that of an earlier comparison
         if rows:
-            write_csv(output / f"{name}.csv", list(rows[0]), rows)
+            write_csv(path, list(rows[0]), rows)
     figures = {"resolution": draw_pareto(tables["arms"], output / "resolution.png")}
     shown, pixels = choose_shown(arms, config.attention)
     if pixels is not None:

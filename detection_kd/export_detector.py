@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from detection_kd.box_sets.boxed_pictures import list_pictures
+from detection_kd.box_sets.boxed_pictures import PictureFolder
 from detection_kd.engine import post_process
 from detection_kd.evaluation.froc import find_overlaps
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
@@ -79,7 +79,7 @@ def find_size(config: Config, description: dict[str, Any]) -> tuple[int, int]:
 
 def read_pixels(config: Config, size: tuple[int, int]) -> UInt8[Tensor, "n 3 h w"]:
     """Pictures drawn at random, at the size that the file takes."""
-    pictures = list(list_pictures(Path(config.images)).values())
+    pictures = list(PictureFolder(Path(config.images)).files.values())
     if len(pictures) < config.check_images:
         raise UserError(
             f"check_images={config.check_images}: expected so many pictures, found {len(pictures)}"

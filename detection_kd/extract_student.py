@@ -25,6 +25,7 @@ from detection_kd.models.student_onnx import load_students, split_entry
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.bag_assembly import Assembly
+from patch_encoder.extraction.bag_targets import BagFolder
 from patch_encoder.extraction.keys import CoordsKeys, FeatureKeys
 from patch_encoder.extraction.loop import (
     ExtractSettings,
@@ -111,7 +112,6 @@ def encode_together(
         module, settings.device, settings.precision, settings.batch_size, settings.compiler
     )
     sequence = TileSequence(todo, encoders[0].transform, settings.stain)
-    limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
     failures = [Failures(STAGE, settings.shard.name) for _ in group]
     with ExitStack() as stack:
         stack.enter_context(explain_full_disk(output))
@@ -120,9 +120,11 @@ def encode_together(
         assemblies = []
         for (encoder, folder), failed in zip(pairs, failures, strict=True):
             provenance = [bag_provenance(encoder, job.coordinates, settings) for job in todo]
-            assemblies.append(
-                stack.enter_context(closing(Assembly(todo, provenance, folder, failed, **limits)))
+            target = BagFolder(folder, settings.dtype, pt=settings.pt)
+            assembly = Assembly(
+                todo, provenance, target, failed, max_bad_tiles=settings.max_bad_tiles
             )
+            assemblies.append(stack.enter_context(closing(assembly)))
         for batch, features in encoded(batches, network, settings.dtype) if todo else ():
             for assembly, columns in zip(assemblies, module.columns, strict=True):
                 assembly.take(batch, features[:, columns])

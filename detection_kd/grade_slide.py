@@ -34,13 +34,13 @@ from detection_kd.whole_slides.tile_grades import (
     GradeCollector,
     TileGrades,
     ask_teacher,
+    average_tile,
     grade_tiles,
     read_at,
 )
 from detection_kd.whole_slides.tile_pass import (
     find_in_slides,
     find_unfinished,
-    to_tensor,
 )
 from detection_kd.whole_slides.whole_fields import FieldKeys, FieldTiling
 from patch_encoder.cohort.failures import Failures
@@ -118,11 +118,8 @@ def find_jobs(
     """The slides at the grader's resolution, those that cannot be read so in `failures`."""
     scale = grader.scale
     tiling = FieldTiling(scale.own_side, scale.own_mpp, config.overlap, config.mpp, {})
-    found = config.find_jobs(tiling, settings, failures)
-    if not config.coords:
-        return found
     jobs = []
-    for job in found:
+    for job in config.find_jobs(tiling, settings, failures):
         try:
             jobs.append(read_at(job, scale))
         except UserError as error:
@@ -188,7 +185,7 @@ def main(config: Config) -> int:
     todo = [job for job in jobs if job.slide_id in wanted]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     grade = partial(grade_tiles, grader, settings)
-    sequence = TileSequence(todo, to_tensor)
+    sequence = TileSequence(todo, partial(average_tile, grader.scale.own_side))
     for job, found in find_in_slides(
         sequence, grade, lambda _: GradeCollector(), settings, failures
     ):

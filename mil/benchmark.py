@@ -188,10 +188,13 @@ def make_settings(config: Config) -> dict[str, FoldSettings]:
     """
     for name, block in (("options", config.options), ("recipes", config.recipes)):
         for model, values in block.items():
-            if model not in config.models:
+            if model not in CLASSIFIERS:
                 raise UserError(
-                    f"{name}: unknown model '{model}'; {did_you_mean(model, config.models)}"
+                    f"{name}: unknown model '{model}'; {did_you_mean(model, CLASSIFIERS)}"
                 )
+            if model not in config.models:
+                line = "%s of %s are not used: models=[%s] leaves it out"
+                logger.info(line, name, model, ", ".join(config.models))
             if not isinstance(values, dict):
                 raise UserError(f"{name}: {model}: expected {{name: value}}, found {values!r}")
     found = {}

@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mil.heatmaps.attention_maps import check_maps, write_all_maps
+from mil.datasets.case_bags import CaseSlide
+from mil.heatmaps.attention_maps import MapJob, check_maps, write_all_maps
 from mil.heatmaps.cohort import (
     FoldScorer,
     Scored,
@@ -161,9 +162,17 @@ def write_attention(
     found = [judged for judged in chosen if judged.slide_id in inputs]
     if found:
         check_maps(load(found[0].checkpoint))
-    slides = [(j.slide_id, inputs[j.slide_id].bag, [j.checkpoint]) for j in found]
+    files = {judged.slide_id: inputs[judged.slide_id] for judged in found}
+    jobs = [
+        MapJob(
+            CaseSlide(judged.slide_id, files[judged.slide_id].bag),
+            [judged.checkpoint],
+            files[judged.slide_id].case,
+        )
+        for judged in found
+    ]
     folder, names = Path(config.output) / "attention", source.task.names
-    write_all_maps(folder, slides, load, names, failures, overwrite=config.overwrite)
+    write_all_maps(folder, jobs, load, names, failures, overwrite=config.overwrite)
 
 
 def main(config: Config) -> int:
@@ -174,7 +183,7 @@ def main(config: Config) -> int:
     source, bags = read_source(config)
     check_drawing(config.drawing, source.task)
     chosen = choose(source, config.only)
-    inputs = find_inputs(config, config.outlines, [judged.slide_id for judged in chosen], bags)
+    inputs = find_inputs(config, config.outlines, chosen, bags)
     for name in (judged.slide_id for judged in chosen if judged.slide_id not in inputs):
         where = (
             f"a bag below {source.features}"

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mil.datasets.case_bags import UNITS
+from mil.datasets.case_bags import UNITS, CaseSlide
 from mil.datasets.splits import list_names
 from mil.ensembles.classifier import Classifier, load_classifier
 from mil.ensembles.heatmaps import draw_predicted
@@ -34,7 +34,7 @@ from mil.ensembles.prediction_tables import (
 )
 from mil.ensembles.subjects import read_subject_covariates, read_subjects
 from mil.evaluation.keys import EvaluationKeys
-from mil.heatmaps.attention_maps import check_maps, write_all_maps
+from mil.heatmaps.attention_maps import MapJob, check_maps, write_all_maps
 from mil.heatmaps.settings import Drawing, check_drawing
 from mil.tasks.keys import SlideKeys
 from patch_encoder.bags.paths import list_bags
@@ -151,11 +151,15 @@ def write_attention(
     """The attention maps of every slide that was predicted."""
     checkpoints = [member.checkpoint for member in classifier.members]
     usable = [one for one in pending if one.subject.name not in failures.slides]
-    slides = [(s, file, checkpoints) for one in usable for s, file in one.files.items()]
+    jobs = []
+    for one in usable:
+        own = [CaseSlide(slide, file) for slide, file in one.files.items()]
+        case = own if classifier.unit == "case" else []
+        jobs += [MapJob(slide, checkpoints, case) for slide in own]
     models = {member.checkpoint: member.model for member in classifier.members}
     folder, names = Path(config.output) / "attention", classifier.task.names
     load = models.__getitem__
-    write_all_maps(folder, slides, load, names, failures, overwrite=config.overwrite)
+    write_all_maps(folder, jobs, load, names, failures, overwrite=config.overwrite)
 
 
 def validate(config: Config, classifier: Classifier, predicted: list[PredictedSubject]) -> None:

@@ -43,7 +43,7 @@ from mil.models import MeanMIL, Standardised
 from mil.tasks.keys import LabelKeys
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import read_targets
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from mil.training.keys import ClassifierKeys
 from patch_encoder.bags.bag import open_bag, read_bag
@@ -192,7 +192,7 @@ def main(config: Config) -> int:
     files = select_usable_bags(files) if config.skip_bad else files
     slides = slides.only(files)
     ranker = train_ranker(config, slides, targets, files, world)
-    model, content = load_classifier(ranker, world.device)
+    model, content = load_trained_model(ranker, world.device)
     assert isinstance(model, MeanMIL | Standardised)
     provenance = describe_provenance(config, files, content)
     claim_root(root, provenance, config.overwrite)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,28 @@ from mil.evaluation.benchmark_folder import (
     read_summary,
     read_task,
 )
-from mil.evaluation.runs import COST_KEYS, FinishedRun, format_number, read_benchmark_runs
+from mil.evaluation.runs import (
+    COST_KEYS,
+    FinishedRun,
+    format_number,
+    read_benchmark_runs,
+    read_side,
+)
 from mil.evaluation.task_tables import per_label_rows
 from mil.figures.by_task import FIGURES
-from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
+from mil.figures.example_slides import (
+    Choice,
+    Example,
+    ExampleSlide,
+    Group,
+    choose_slides,
+    make_example,
+    pick_slides,
+)
 from mil.figures.report import draw_intervals
 from mil.tasks.base import Task
 from mil.tasks.keys import SlideKeys
+from mil.tasks.prediction_table import SLIDE_TABLE
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
 from wsi_common.cli import launch
@@ -103,11 +118,12 @@ def make_examples(
     runs: dict[str, list[FinishedRun]],
     failures: Failures,
 ) -> list[Group[Example]]:
-    """Example slides of one feature set, from the first seed's runs; none without slides."""
-    if config.slides and summary.get("unit", "slide") != "slide":
-        logger.info("report: predictions are by case: no example slides are shown")
-    if not config.slides or summary.get("unit", "slide") != "slide":
+    """Example slides of one feature set, from the first seed's runs; none without slides. Of cases
+    one slide each is shown.
+    """
+    if not config.slides:
         return []
+    unit = summary.get("unit", "slide")
     name = config.examples_of or choose_feature_set(summary, summary["headline"], task)
     if name not in runs:
         raise UserError(f"examples_of={name}: expected one of the feature sets {', '.join(runs)}")
@@ -117,16 +133,29 @@ def make_examples(
     slides, mpps = config.find_slides(bags)
     grid = Path(config.benchmark) / "runs" / name / summary["headline"]
 
+    def list_slides(choice: Choice, run_folder: Path) -> tuple[list[str], int]:
+        if unit == "slide":
+            return [choice.slide_id], 0
+        run = next(run for run in first if run.test.fold == choice.fold)
+        by_slide = read_side(run_folder, name, task, "test", SLIDE_TABLE)
+        assert by_slide is not None, run_folder
+        return pick_slides(choice.slide_id, run, by_slide, unit, task)
+
     def make(choice: Choice) -> Example | None:
-        slide_id = choice.slide_id
         try:
-            if slide_id not in slides or slide_id not in bags:
-                raise UserError(f"expected the slide below {config.slides} and its bag in {folder}")
-            checkpoint = grid / f"seed{first[0].seed}_fold{choice.fold}" / "checkpoint_best.pt"
-            files = checkpoint, bags[slide_id], slides[slide_id], mpps.get(slide_id)
-            return make_example(choice, *files, config.example_tiles, config.coords)
+            run_folder = grid / f"seed{first[0].seed}_fold{choice.fold}"
+            names, count = list_slides(choice, run_folder)
+            for slide_id in names:
+                if slide_id not in slides or slide_id not in bags:
+                    raise UserError(
+                        f"expected slide {slide_id} below {config.slides} and its bag in {folder}"
+                    )
+            files = [ExampleSlide(one, bags[one], slides[one], mpps.get(one)) for one in names]
+            checkpoint = run_folder / "checkpoint_best.pt"
+            found = make_example(choice, checkpoint, files, config.example_tiles, config.coords)
+            return replace(found, slides=count)
         except UserError as error:
-            failures.add(slide_id, str(error))
+            failures.add(choice.slide_id, str(error))
             return None
 
     return [

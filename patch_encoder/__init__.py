@@ -6,7 +6,7 @@ In Python, the same functions that the scripts call:
 
     encoder = load_encoder("uni2_h")
     with open_slide("S001.svs") as slide:
-        tiles = tile_slide(slide, encoder.tile, encoder.mpp)
+        tiles = tile_slide(slide, encoder.tile_size, encoder.target_mpp)
         bag = encode_tiles(encoder, slide, tiles.coordinates)
 
 They are loaded when they are first used (PEP 562): a worker that imports the package does not wait.

@@ -134,6 +134,8 @@ def main(config: Config) -> int:
             f"stride={config.stride}: expected at most region_tiles={config.region_tiles}, or "
             "tiles between the regions would be lost"
         )
+    if config.min_fill > 1:
+        raise UserError(f"min_fill={config.min_fill:g}: expected a share of a region, 0 to 1")
     found = list_bags(config.features)
     bags = {slide_id: file for slide_id, file in found.items() if selection.takes_id(slide_id)}
     check_writable(config.output)
@@ -154,6 +156,13 @@ def main(config: Config) -> int:
         table = [{name: row[name] for name in COLUMNS} for row in rows if row["encoder"] == encoder]
         write_csv(Path(config.output) / encoder / "regions.csv", COLUMNS, table)
     log_summary(rows, written, config.min_regions)
+    if rows and not any(row["regions"] for row in rows):
+        raise UserError(
+            f"features={config.features}: expected regions, found none in {len(rows)} slides: no "
+            f"square of {config.region_tiles} x {config.region_tiles} cells holds a share of "
+            f"min_fill={config.min_fill:g} of tiles; lower region_tiles or min_fill, with "
+            "overwrite=true"
+        )
     return failures.write(Path(config.output))
 
 

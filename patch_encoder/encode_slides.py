@@ -24,8 +24,9 @@ from patch_encoder.bags.bag import Bag, open_bag
 from patch_encoder.bags.paths import find_coordinates, list_bags
 from patch_encoder.cohort.disk_space import explain_full_disk
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.keys import SlidesListKeys
+from patch_encoder.cohort.keys import ShardKeys, SlidesListKeys
 from patch_encoder.cohort.selection import read_selection
+from patch_encoder.cohort.shards import Shard
 from patch_encoder.slide_encoders.bag_checks import name_tile_encoder
 from patch_encoder.slide_encoders.build import SlideEncoder, build_slide_encoder
 from patch_encoder.slide_encoders.table import POOLS
@@ -49,7 +50,7 @@ STAGE = "encode_slides"
 
 
 @dataclass
-class Config(SlidesListKeys):
+class Config(SlidesListKeys, ShardKeys):
     """Keys of the encoding of slides."""
 
     slide_encoder: str = key(
@@ -158,12 +159,15 @@ def encode_slide(job: SlideEncoding, slide_id: str, file: Path) -> bool:
     return True
 
 
-def select_bags(config: Config, failures: Failures) -> dict[str, Path]:
-    """The bags of the slides that are taken; listed slides without one are failures."""
+def select_bags(config: Config, shard: Shard, failures: Failures) -> dict[str, Path]:
+    """The bags of the slides that are taken, by all shards together; listed slides without one are
+    failures of the first.
+    """
     selection = read_selection(config.slides_list, [])
     found = list_bags(config.features)
     bags = {slide_id: file for slide_id, file in found.items() if selection.takes_id(slide_id)}
-    for slide_id in sorted(selection.names.keys() - bags.keys()):
+    absent = selection.names.keys() - bags.keys() if shard.index == 1 else ()
+    for slide_id in sorted(absent):
         failures.add(slide_id, f"in slides_list, but without a bag in {config.features}")
     if not bags:
         raise UserError(f"slides_list: expected slides with bags in {config.features}, found none")
@@ -183,9 +187,12 @@ def open_encoding(config: Config, first: Path) -> SlideEncoding:
 
 
 def main(config: Config) -> int:
-    failures = Failures(STAGE)
-    bags = select_bags(config, failures)
+    shard = Shard.parse(config.shard)
+    failures = Failures(STAGE, shard.name)
+    bags = select_bags(config, shard, failures)
+    # by the first bag of all shards, so that they write to one folder
     job = open_encoding(config, next(iter(bags.values())))
+    bags = shard.divide_files(bags)
     check_writable(job.folder)
     logger.info("%s: %s, licence: %s", STAGE, job.encoder.name, job.encoder.provenance["licence"])
     written = 0

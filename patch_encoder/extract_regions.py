@@ -33,7 +33,7 @@ from patch_encoder.prototypes.region_encoder import (
 )
 from patch_encoder.prototypes.region_packing import pack_regions
 from patch_encoder.prototypes.region_vit import RegionViT
-from patch_encoder.regions.bag_places import place_regions, place_slide
+from patch_encoder.regions.bag_places import place_regions
 from patch_encoder.regions.keys import RegionKeys
 from patch_encoder.regions.opening import open_store
 from patch_encoder.regions.store import RegionStore
@@ -198,8 +198,9 @@ def encode_slide(job: Extraction, slide: int) -> Float[Tensor, "m w"]:
 
 def describe_bag(job: Extraction, slide: int) -> tuple[Coordinates, dict[str, str]]:
     """Places and provenance of a slide's bag."""
-    place = place_slide if job.config.pool == "mean" else place_regions
-    places = place(job.store, slide)
+    places = place_regions(job.store, slide)
+    if job.config.pool == "mean":
+        places = places.enclosing_square()
     digests = {
         "coordinates": places.digest(),
         "regions_sha256": job.store.regions.digests[slide],

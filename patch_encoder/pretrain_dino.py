@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ from wsi_common.cli import launch
 from wsi_common.config import group, key, to_dict
 from wsi_common.device import pick_precision
 from wsi_common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
+from wsi_common.errors import UserError
 from wsi_common.figures import save_figure
 from wsi_common.processes.pool import pick_workers
 from wsi_common.progress import progress
@@ -69,6 +71,7 @@ from wsi_common.step_timer import StepTimes
 
 logger = logging.getLogger(__name__)
 STAGE = "pretrain_dino"
+MOST_PREVIEWED = 32  # tiles; a figure of more takes minutes
 REPORTED = ("loss", "kl", SCORE, "time/images_per_second", "time/data_share")
 
 
@@ -83,7 +86,7 @@ class Config(RunKeys, TileViewKeys):
     )
     preview: int = key(
         0,
-        "draw the views of so many tiles into views.png and stop; 0: train",
+        "draw the views of so many tiles into views.png and stop; at most 32; 0: train",
         runtime=True,
         least=0,
     )
@@ -286,17 +289,19 @@ def open_stream(config: Config, world: World, failures: Failures) -> TileStream:
     )
 
 
-def draw_preview(config: Config, stream: TileStream, recipe: ViewRecipe) -> None:
-    """Draw the views of the first tiles of the run."""
-    batch = next(iter(stream.batches(0, 1)))
-    count = config.preview
-    context = None if batch.context is None else batch.context[:count]
-    indices = batch.indices[:count]
-    figure = draw_view_figure(batch.tiles[:count], context, indices, recipe, config.seed)
+def draw_preview(config: Config, world: World, recipe: ViewRecipe) -> None:
+    """Draw the views of the first tiles of the run, of which no more are read."""
+    if config.preview > MOST_PREVIEWED:
+        raise UserError(f"preview={config.preview}: expected at most {MOST_PREVIEWED} tiles")
+    only = replace(config, batch_size=config.preview)
+    stream = open_stream(only, World(0, 1, world.device), Failures(STAGE))
+    with closing(stream.batches(0, 1)) as batches:
+        batch = next(batches)
+    figure = draw_view_figure(batch.tiles, batch.context, batch.indices, recipe, config.seed)
     path = Path(config.output) / "views.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
-    logger.info("%s: the views of %d tiles are in %s", STAGE, len(indices), path)
+    logger.info("%s: the views of %d tiles are in %s", STAGE, config.preview, path)
 
 
 def write_descriptions(config: Config, path: Path, recipe: ViewRecipe, width: int) -> None:
@@ -343,12 +348,12 @@ def main(config: Config) -> int:
     recipe = config.make_recipe()
     config.objective.check(share_batch(config.batch_size, world.size, config.accumulate))
     config.pyramid.check()
-    failures = Failures(STAGE)
-    stream = open_stream(config, world, failures)
     if config.preview:
         if world.is_main:
-            draw_preview(config, stream, recipe)
+            draw_preview(config, world, recipe)
         return 0
+    failures = Failures(STAGE)
+    stream = open_stream(config, world, failures)
     job = open_job(config, world, stream, recipe)
     if job.run.results is not None:
         logger.info("%s: %s is finished: %s", STAGE, job.run.path, job.run.results)

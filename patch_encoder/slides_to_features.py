@@ -27,7 +27,6 @@ from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 
 logger = logging.getLogger(__name__)
-TILE_SIZE, MPP = 256, 0.5  # of encoders of whose tiles nothing is known
 
 
 @dataclass
@@ -75,8 +74,8 @@ def main(config: Config) -> int:
 def choose_tiles(config: Config, encoder: Encoder) -> None:
     """Fill in the tile size and resolution that the user left to the encoder."""
     own = encoder.tile is not None and encoder.mpp is not None
-    config.tile_size = config.tile_size or encoder.tile or TILE_SIZE
-    config.target_mpp = config.target_mpp or encoder.mpp or MPP
+    config.tile_size = config.tile_size or encoder.tile_size
+    config.target_mpp = config.target_mpp or encoder.target_mpp
     logger.info(
         "slides_to_features: %s: tiles of %d px at %g um per px%s",
         *(encoder.name, config.tile_size, config.target_mpp),

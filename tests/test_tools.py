@@ -15,6 +15,7 @@ import pytest
 
 from tests.helpers import ROOT
 from wsi_common.cli import run
+from wsi_common.config import load_config
 
 SCRIPTS = sorted([*(ROOT / "tools").rglob("*.sh"), *(ROOT / "tools").rglob("*.sbatch")])
 RUNNABLE = [script for script in SCRIPTS if script.name != "lib.sh" and "slurm" not in script.parts]
@@ -185,6 +186,37 @@ def test_a_benchmark_on_several_machines_is_ray_s(folder: Path) -> None:
     script = ROOT / "tools" / "mil_benchmark.sh"
     done, called = started(script, [], folder, NNODES="2")
     assert done.returncode == 2 and not called and "engine=ray" in done.stderr
+
+
+def test_every_stage_of_the_embedded_pre_training_is_started_with_keys_that_it_has(
+    folder: Path,
+) -> None:
+    noted, interpreter = folder.parent / "noted", folder.parent / "interpreter"
+    interpreter.write_text(f"#!/usr/bin/env bash\n(IFS=$'\\t'; echo \"$*\") >>{noted}\n")
+    interpreter.chmod(0o755)
+    environment = ENVIRONMENT | {"PYTHON": str(interpreter)}
+    command = ["bash", str(ROOT / "tools" / "pretrain.sh")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in noted.read_text().splitlines()]
+    stages = [(line[1], line[2:]) for line in lines if line[0] == "-m"]
+    configs = {
+        name: load_config(importlib.import_module(name).Config, keys, check_paths=False)
+        for name, keys in stages
+    }
+    assert list(configs) == [
+        "patch_encoder.demo.render_cohort",
+        "patch_encoder.tile_slides",
+        "patch_encoder.pretrain_dino",
+        "patch_encoder.extract_features",
+        "mil.benchmark",
+        "mil.report",
+        "patch_encoder.pretrain_report",
+    ]
+    shown = Path(configs["patch_encoder.pretrain_report"].output) / "pretraining.html"
+    assert str(shown) in done.stdout
 
 
 def test_the_cervical_road_wants_a_folder(folder: Path) -> None:

@@ -42,7 +42,7 @@ main() {
   run_python mil.benchmark --config "$root/configs/quickstart/mil.yaml" labels="$COHORT/labels.csv" subset=cv \
     features="[$RUN/trained/dino,$RUN/start/dino,$RUN/colour/mean_colour]" names="[trained,random_start,mean_colour]" output="$RUN/mil" $MIL
   run_python mil.report benchmark="$RUN/mil" slides="$COHORT/slides" labels="$COHORT/labels.csv" output="$RUN"
-  run_python patch_encoder.pretrain_report run="$RUN/run" labels="$COHORT/labels.csv"
+  run_python patch_encoder.pretrain_report run="$RUN/run" labels="$COHORT/labels.csv" output="$RUN/run/report"
   echo "pretrain: $((SECONDS - started)) s; table: $RUN/report.html, training: $RUN/run/report/pretraining.html, network: $RUN/run/backbone.pt"
 }
 

@@ -12,7 +12,7 @@ set -euo pipefail
 demo() {
   : "${RUN:=runs/at_plus}"
   : "${SEEDS:=0}"
-  # settings for a smaller trial: RENDER="train_slides=4" TRAIN="epochs=1"
+  # settings for a smaller trial: RENDER="patch_slides=8 biopsies=1" TRAIN="epochs=1"
   : "${RENDER:=}"
   : "${TRAIN:=}"
   local started=$SECONDS seed first="${SEEDS%% *}"

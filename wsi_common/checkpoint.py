@@ -9,6 +9,7 @@ Keys: `model`, `config` (plain dict: enough to rebuild the model), `epoch` (epoc
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from wsi_common.errors import DamagedFile, UserError
 from wsi_common.files import atomic_path
+from wsi_common.memory import is_out_of_memory
 from wsi_common.seed import rng_state, set_rng_state
 from wsi_common.shared_weights import (
     find_weights,
@@ -71,11 +73,22 @@ def load_tensors(path: str | Path, what: str) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle make unpickling raise anything
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        if is_out_of_memory(error):
+            raise
         kind = DamagedFile if getattr(error, "errno", None) is None else UserError
         raise kind(
-            f"{path}: expected {what} (tensors and plain containers only), cannot be read: {reason}"
+            f"{path}: expected {what} (tensors and plain containers only), cannot be read: "
+            f"{_explain(error)}"
         ) from None
+
+
+def _explain(error: Exception) -> str:
+    """Why a file cannot be read, without torch's advice to run the code in it, and the remedy."""
+    if getattr(error, "errno", None) is not None:
+        return str(error)
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds {found[1]}, which may run code; write it again without"
+    return "it is damaged, or no file of torch.save; write or fetch it again"
 
 
 def read_weights(path: str | Path, what: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 NO_PLACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
 UNUSABLE = NO_PLACE | {
     errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.ENOTDIR,
-    errno.EISDIR,
+    errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
 
 
@@ -38,11 +38,11 @@ class Terminated(KeyboardInterrupt):
 def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     """Run `main(config)` and leave the process with its status."""
     show_log()
-    terminate = partial(_terminate, os.getpid())
+    terminate, interrupt = (partial(f, os.getpid()) for f in (_terminate, _interrupt))
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell ignores it
-        signal.signal(signal.SIGINT, _interrupt)
-    sys.unraisablehook = partial(_end_all_the_same, terminate, sys.unraisablehook)
+        signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = partial(_end_all_the_same, terminate, interrupt, sys.unraisablehook)
     try:
         status = run(main, config_class, sys.argv[1:])
     except KeyboardInterrupt as error:
@@ -63,9 +63,11 @@ def _terminate(launched: int, number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(launched: int, number: int, frame: FrameType | None) -> None:
+    if os.getpid() != launched:  # as above
+        os._exit(128 + signal.SIGINT)
     if _would_be_lost(frame):
-        _call_later(_interrupt)
+        _call_later(partial(_interrupt, launched))
         return
     raise KeyboardInterrupt
 
@@ -87,6 +89,7 @@ def _call_later(handler: Callable[[int, FrameType | None], object]) -> None:
 
 def _end_all_the_same(
     terminate: Callable[[int, FrameType | None], object],
+    interrupt: Callable[[int, FrameType | None], object],
     report: Callable[[Any], object],
     lost: Any,
 ) -> None:
@@ -96,7 +99,7 @@ def _end_all_the_same(
     if not isinstance(lost.exc_value, KeyboardInterrupt):
         report(lost)
         return
-    _call_later(terminate if isinstance(lost.exc_value, Terminated) else _interrupt)
+    _call_later(terminate if isinstance(lost.exc_value, Terminated) else interrupt)
 
 
 def show_log() -> None:

@@ -30,7 +30,7 @@ def write_shared_weights(folder: Path, content: Mapping[str, Any]) -> None:
         folder: a run directory.
         content: of a checkpoint: `model`, and what of `config`, `epoch`, `best` it has.
     """
-    from safetensors.torch import save_file  # a while to load
+    from safetensors.torch import save  # a while to load
 
     described = {name: content[name] for name in PARTS if name in content}
     text = json.dumps({"format": FORMAT, **described}, indent=2) + "\n"
@@ -39,7 +39,8 @@ def write_shared_weights(folder: Path, content: Mapping[str, Any]) -> None:
         name: value.detach().cpu().contiguous().clone() for name, value in content["model"].items()
     }
     with atomic_path(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        # its own writer would make a file that only its owner may read
+        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
     write_text(folder / DESCRIPTION, text)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -13,6 +15,7 @@ from patch_encoder.slides.names import PICTURE_SUFFIXES, suffix_of
 from wsi_common.errors import UserError, did_you_mean
 from wsi_common.files import write_json
 
+logger = logging.getLogger(__name__)
 Box = tuple[float, float, float, float]
 
 
@@ -35,50 +38,94 @@ class BoxedPicture:
     labels: list[str] = field(default_factory=list)
     crowd: list[bool] = field(default_factory=list)
 
-    def add(self, box: Box, label: str, *, crowd: bool = False) -> None:
-        """Enter a box."""
+    def add(self, box: Box, label: str, where: str, *, crowd: bool = False) -> None:
+        """Enter a box; one without an area inside the picture is left out with a warning, since
+        published sets hold some.
+
+        Raises:
+            UserError: numbers that are none; `where` names the place.
+        """
+        if not all(math.isfinite(edge) for edge in box):
+            raise UserError(
+                f"{where}: expected a box of finite numbers, found {list(box)}; correct it or take "
+                "it out"
+            )
+        x0, y0, x1, y1 = box
+        inside = min(x1, self.width) > max(x0, 0) and min(y1, self.height) > max(y0, 0)
+        if not inside:
+            logger.warning(
+                "%s: '%s' at %s has no area inside its picture of %d x %d px and is left out",
+                where, label, [round(edge, 2) for edge in box], self.width, self.height,
+            )  # fmt: skip
+            return
         self.boxes.append(box)
         self.labels.append(label)
         self.crowd.append(crowd)
 
 
-def list_pictures(folder: Path) -> dict[str, Path]:
-    """Path below the folder -> file, of all pictures at any depth.
+class PictureFolder:
+    """The pictures below a folder, at any depth, and what they may be called.
+
+    Attributes:
+        files: path below the folder -> file.
 
     Raises:
-        UserError: none there.
+        UserError: there is none.
     """
-    found = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if suffix_of(path) in PICTURE_SUFFIXES and path.is_file()
-    }
-    if not found:
-        raise UserError(f"images={folder}: expected pictures, found none")
-    return found
+
+    def __init__(self, folder: Path) -> None:
+        self.files = {
+            path.relative_to(folder).as_posix(): path
+            for path in sorted(folder.rglob("*"))
+            if suffix_of(path) in PICTURE_SUFFIXES and path.is_file()
+        }
+        if not self.files:
+            raise UserError(f"images={folder}: expected pictures, found none")
+        # by path without ending, by file name, by file name without ending
+        self._names: list[dict[str, list[str]]] = [{}, {}, {}]
+        for name in self.files:
+            for names, short in zip(self._names, _shorten(name), strict=True):
+                names.setdefault(short, []).append(name)
+
+    def has_stem(self, stem: str) -> bool:
+        """Whether a picture has this file name without its ending."""
+        return stem in self._names[2]
+
+    def find(self, name: str, source: str) -> str:
+        """The picture that a name means: its path, its file name, or either without the ending.
+
+        Raises:
+            UserError: none, or several.
+        """
+        wanted = name.replace("\\", "/")
+        if wanted in self.files:
+            return wanted
+        for names, short in zip(self._names, _shorten(wanted), strict=True):
+            found = names.get(short, [])
+            if len(found) > 1:
+                raise UserError(f"{source}: picture '{name}' may be {found[0]} or {found[1]}")
+            if found:
+                return found[0]
+        raise UserError(
+            f"{source}: no picture '{name}' in images=; {did_you_mean(name, self.files)}"
+        )
 
 
-def find_picture(pictures: Iterable[str], name: str, source: str) -> str:
-    """The picture that a name means: its path, its file name, or either without the ending.
+def _shorten(name: str) -> tuple[str, str, str]:
+    path = PurePosixPath(name)
+    return str(path.parent / path.stem), path.name, path.stem
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file in UTF-8.
 
     Raises:
-        UserError: none, or several.
+        UserError: another encoding, or a file that cannot be read.
     """
-    wanted = name.replace("\\", "/")
-    pictures = list(pictures)
-    if wanted in pictures:
-        return wanted
-    stem = str(Path(wanted).with_suffix(""))
-    for found in (
-        [p for p in pictures if str(Path(p).with_suffix("")) == stem],
-        [p for p in pictures if Path(p).name == Path(wanted).name],
-        [p for p in pictures if Path(p).stem == Path(wanted).stem],
-    ):
-        if len(found) > 1:
-            raise UserError(f"{source}: picture '{name}' may be {found[0]} or {found[1]}")
-        if found:
-            return found[0]
-    raise UserError(f"{source}: no picture '{name}' in images=; {did_you_mean(name, pictures)}")
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: expected {what} in UTF-8, cannot be read: {error}") from None
 
 
 def measure_picture(file_name: str, path: Path) -> BoxedPicture:

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from detection_kd.box_sets.boxed_pictures import (
-    BoxedPicture,
-    find_picture,
-    list_pictures,
-    measure_picture,
-)
+from detection_kd.box_sets.boxed_pictures import BoxedPicture, PictureFolder, measure_picture
 from patch_encoder.cohort.labels import read_rows
 from wsi_common.errors import UserError
 
@@ -32,13 +27,13 @@ def read_point_table(
     Raises:
         UserError: a missing column, a cell that is no number, a point outside its picture.
     """
-    pictures = list_pictures(images)
+    pictures = PictureFolder(images)
     found: dict[str, BoxedPicture] = {}
     for line, row in read_rows(annotations, ("file", "x", "y", "class")):
         where = f"{annotations} line {line}"
-        name = find_picture(pictures, row["file"], where)
+        name = pictures.find(row["file"], where)
         if name not in found:
-            found[name] = measure_picture(name, pictures[name])
+            found[name] = measure_picture(name, pictures.files[name])
         if not (row["x"] or row["y"]):
             continue
         try:
@@ -54,5 +49,5 @@ def read_point_table(
                 f"px, found '{row['class']}' at ({x:g}, {y:g})"
             )
         half = point_side / 2
-        picture.add((x - half, y - half, x + half, y + half), row["class"])
+        picture.add((x - half, y - half, x + half, y + half), row["class"], where)
     return list(found.values())

@@ -57,6 +57,7 @@ def _add_features(file: Path, picture: BoxedPicture, point_side: float) -> None:
             kind, positions = feature["geometry"]["type"], feature["geometry"]["coordinates"]
             about = (feature.get("properties") or {}).get("classification") or {}
             parts = _split_parts(kind, positions)
+            edges = [(*points.min(0).tolist(), *points.max(0).tolist()) for points in parts]
         except (KeyError, TypeError, AttributeError, ValueError, IndexError):
             raise UserError(
                 f"{file}: feature {number}: expected a geometry of {', '.join(DEPTHS)}, found "
@@ -68,9 +69,9 @@ def _add_features(file: Path, picture: BoxedPicture, point_side: float) -> None:
             nameless += 1
             continue
         half = point_side / 2 if DEPTHS[kind] < 2 and kind != "LineString" else 0.0
-        for points in parts:
-            (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
-            picture.add((x0 - half, y0 - half, x1 + half, y1 + half), str(name))
+        for x0, y0, x1, y1 in edges:
+            box = (x0 - half, y0 - half, x1 + half, y1 + half)
+            picture.add(box, str(name), f"{file}: feature {number}")
     if nameless:
         logger.info("%s: %d objects without a class, which are left out", file, nameless)
 

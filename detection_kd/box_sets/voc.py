@@ -2,24 +2,17 @@
 
 `difficult` objects become crowd regions: VOC's evaluation passes over them, too. The published sets
 count pixels from 1 and name the last pixel of a box; labelImg and most exporters count from 0 and
-name its edge. Boxes without an area are left out with a warning.
+name its edge.
 """
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from xml.etree import ElementTree
 
-from detection_kd.box_sets.boxed_pictures import (
-    BoxedPicture,
-    find_picture,
-    list_pictures,
-    measure_picture,
-)
+from detection_kd.box_sets.boxed_pictures import BoxedPicture, PictureFolder, measure_picture
 from wsi_common.errors import UserError
 
-logger = logging.getLogger(__name__)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -37,21 +30,20 @@ def read_voc(annotations: Path, images: Path, first_index: int = 0) -> list[Boxe
     files = sorted(annotations.rglob("*.xml")) if annotations.is_dir() else [annotations]
     if not files:
         raise UserError(f"{annotations}: expected Pascal VOC files *.xml, found none")
-    pictures = list_pictures(images)
+    pictures = PictureFolder(images)
     return [_read_file(file, pictures, first_index) for file in files]
 
 
-def _read_file(file: Path, pictures: dict[str, Path], first_index: int) -> BoxedPicture:
+def _read_file(file: Path, pictures: PictureFolder, first_index: int) -> BoxedPicture:
     try:
         root = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, OSError) as error:
         raise UserError(f"{file}: expected XML of Pascal VOC, cannot be read: {error}") from None
     named = (root.findtext("filename") or "").strip()
-    stems = {Path(name).stem for name in pictures}
     # tools that rename files leave the old name inside
-    wanted = named if Path(named).stem in stems else file.stem
-    name = find_picture(pictures, wanted, str(file))
-    picture = measure_picture(name, pictures[name])
+    wanted = named if pictures.has_stem(Path(named).stem) else file.stem
+    name = pictures.find(wanted, str(file))
+    picture = measure_picture(name, pictures.files[name])
     for number, entry in enumerate(root.iter("object")):
         where = f"{file}: object {number}"
         label = (entry.findtext("name") or "").strip()
@@ -62,8 +54,6 @@ def _read_file(file: Path, pictures: dict[str, Path], first_index: int) -> Boxed
         if not label:
             raise UserError(f"{where}: expected a name, found none")
         box = (x0 - first_index, y0 - first_index, x1, y1)
-        if box[2] <= box[0] or box[3] <= box[1]:  # published sets hold some
-            logger.warning("%s: '%s' at %s has no area and is left out", where, label, list(box))
-            continue
-        picture.add(box, label, crowd=(entry.findtext("difficult") or "0").strip() == "1")
+        difficult = (entry.findtext("difficult") or "0").strip() == "1"
+        picture.add(box, label, where, crowd=difficult)
     return picture

@@ -14,7 +14,13 @@ from typing import Any
 
 import yaml
 
-from detection_kd.box_sets.boxed_pictures import Box, BoxedPicture, list_pictures, measure_picture
+from detection_kd.box_sets.boxed_pictures import (
+    Box,
+    BoxedPicture,
+    PictureFolder,
+    measure_picture,
+    read_lines,
+)
 from wsi_common.errors import UserError
 
 NO_BOXES = {"classes.txt", "train.txt", "val.txt", "test.txt"}
@@ -29,9 +35,9 @@ def read_yolo(annotations: Path, images: Path, names: list[str]) -> list[BoxedPi
         names: of the classes, by number.
 
     Raises:
-        UserError: a row that is no box, an unknown class, or a text file without picture.
+        UserError: a row that is no box, an unknown class, or a text file with no picture or two.
     """
-    pictures = list_pictures(images)
+    pictures = PictureFolder(images).files
     files = {
         path.relative_to(annotations).with_suffix("").as_posix(): path
         for path in sorted(annotations.rglob("*.txt"))
@@ -40,20 +46,27 @@ def read_yolo(annotations: Path, images: Path, names: list[str]) -> list[BoxedPi
     if not files:
         raise UserError(f"{annotations}: expected YOLO's text files, found none")
     found = []
+    owners: dict[str, str] = {}
     for name, path in pictures.items():
-        picture = measure_picture(name, path)
-        file = files.pop(Path(name).with_suffix("").as_posix(), None)
-        if file is not None:
-            _read_file(file, picture, names)
+        picture, stem = measure_picture(name, path), Path(name).with_suffix("").as_posix()
+        if stem in files:
+            if stem in owners:
+                raise UserError(
+                    f"{files[stem]}: expected one picture of that name in images=, found "
+                    f"{owners[stem]} and {name}; rename one of them"
+                )
+            owners[stem] = name
+            _read_file(files[stem], picture, names)
         found.append(picture)
-    if files:
-        first = next(iter(files.values()))
+    without = files.keys() - owners.keys()
+    if without:
+        first = files[min(without)]
         raise UserError(f"{first}: expected a picture of that name in images=, found none")
     return found
 
 
 def _read_file(file: Path, picture: BoxedPicture, names: list[str]) -> None:
-    for line, text in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for line, text in enumerate(read_lines(file, "boxes of YOLO"), start=1):
         if not text.strip():
             continue
         where = f"{file} line {line}"
@@ -69,7 +82,7 @@ def _read_file(file: Path, picture: BoxedPicture, names: list[str]) -> None:
             )
         if not 0 <= label < len(names):
             raise UserError(f"{where}: expected a class from 0 to {len(names) - 1}, found {label}")
-        picture.add(_make_box(values, picture), names[label])
+        picture.add(_make_box(values, picture), names[label], where)
 
 
 def _make_box(values: list[float], picture: BoxedPicture) -> Box:
@@ -92,17 +105,24 @@ def read_class_names(path: Path) -> list[str]:
     Raises:
         UserError: no names, or numbers that do not run from 0.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    lines = read_lines(path, "names of classes")
     if path.suffix.lower() not in {".yaml", ".yml"}:
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        names = [line.strip() for line in lines if line.strip()]
     else:
         try:
-            content: Any = yaml.safe_load(text)
+            content: Any = yaml.safe_load("\n".join(lines))
         except yaml.YAMLError as error:
             raise UserError(f"{path}: expected YAML, cannot be read: {error}") from None
         found = content.get("names") if isinstance(content, dict) else None
         if isinstance(found, dict):
-            found = [found[number] for number in range(len(found)) if number in found]
+            named = {str(number): name for number, name in found.items()}
+            numbers = [str(number) for number in range(len(named))]
+            if named.keys() != set(numbers):
+                raise UserError(
+                    f"{path}: expected names of the classes 0 to {len(named) - 1}, found those of "
+                    f"{', '.join(named)}; number them from 0 without gaps"
+                )
+            found = [named[number] for number in numbers]
         names = [str(name) for name in found] if isinstance(found, list) else []
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}: expected different names of classes, found {names}")

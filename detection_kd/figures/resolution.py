@@ -5,6 +5,7 @@ of teacher and students on the same patches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,15 @@ Row = Mapping[str, Any]
 @styled()
 def draw_pareto(rows: Sequence[Row], path: Path) -> Path:
     """Quadratic kappa (95 % by case) over patches per second; one colour per way of learning, one
-    marker per form and ratio.
+    marker per form and ratio. Rows without a speed, such as colour alone, are level lines.
     """
     figure = new_figure(7.2, 4.2)
     axes = figure.subplots()
+    lines = [row for row in rows if row["per_second"] is None]
+    for row, style in zip(lines, cycle((":", "--", "-.", (0, (1, 4))))):
+        label = f"ratio {row['ratio']}: {row['trunk']}"
+        axes.axhline(row["kappa_quadratic"], color="#666666", linestyle=style, label=label)
+    rows = [row for row in rows if row["per_second"] is not None]
     terms = list(dict.fromkeys(row["terms"] for row in rows))
     forms = list(dict.fromkeys((row["ratio"], row["form"]) for row in rows))
     for row in rows:

@@ -18,6 +18,7 @@ from torch import Tensor
 from detection_kd.graded_patches.graded_set import GradedPatch, GradedSet
 from patch_encoder.probing.pictures import read_picture
 from patch_encoder.slides import open_slide
+from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.tiles.grid import make_tile_geometry, read_tile
 from wsi_common.errors import UserError
 from wsi_common.files import sha256_bytes
@@ -40,7 +41,7 @@ class PatchPixels:
 
         Raises:
             UserError: a file that is not there or no picture, a picture that is not square or
-                smaller than `side`.
+                smaller than `side`, a place that is not on its slide.
         """
         self.patches, self.side = patches, side
         files = dict.fromkeys(patch.path for patch in patches.patches)
@@ -96,9 +97,20 @@ class PatchPixels:
                 geometry = make_tile_geometry(slide, self.side, self.patches.mpp)
                 for row, patch in enumerate(chosen):
                     if patch.path == path:
-                        assert patch.position is not None
-                        pixels[row] = read_tile(slide, geometry, *patch.position)
+                        pixels[row] = read_tile(slide, geometry, *_find_corner(patch, geometry))
         return pixels
+
+
+def _find_corner(patch: GradedPatch, geometry: TileGeometry) -> tuple[int, int]:
+    """The corner of a patch of a slide; beyond the slide, it would be read as glass."""
+    assert patch.position is not None
+    size = geometry.level0_width, geometry.level0_height
+    if not all(0 <= place < length for place, length in zip(patch.position, size, strict=True)):
+        raise UserError(
+            "{}: expected the corners of patches on the slide, {} x {} level-0 px, found x={}, "
+            "y={}; mend its row or remove it".format(patch.path, *size, *patch.position)
+        )
+    return patch.position
 
 
 def reduce_picture(patch: GradedPatch, side: int) -> UInt8[np.ndarray, "s s 3"]:

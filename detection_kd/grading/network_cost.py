@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from detection_kd.models.grading_trunks import trace_shape
 from detection_kd.models.low_resolution import GradingNetwork
 from wsi_common.device import autocast
+from wsi_common.memory import reuse_large_blocks
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def measure_costs(
         rounds: after one that is not counted.
         device, precision: of the computation.
     """
+    if device.type == "cpu":
+        reuse_large_blocks()  # as where slides are graded
     pixels, times = {}, {name: list[float]() for name in networks}
     for name, network in networks.items():
         side = network.scale.own_side

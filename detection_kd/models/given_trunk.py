@@ -12,7 +12,6 @@ trunks are rebuilt from a checkpoint alone, a given object is not: hand it over 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,14 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from detection_kd.models.trunk_stages import find_stages
 from wsi_common.errors import UserError, did_you_mean
 
-logger = logging.getLogger(__name__)
 SIZE = (128, 192)  # height and width of the dry run, px; no stride gives both the same
 STRIDES = (8, 16, 32)
 KINDS = ("torchvision", "transformers")
 GIVEN = "given"  # of a module that has no name
-LAST_STAGE = 4  # of stem and strides 4, 8, 16, 32
 
 
 class GivenTrunk(nn.Module):
@@ -82,19 +80,16 @@ class GivenTrunk(nn.Module):
         """Nothing: where the body could be cut is not known."""
 
     def stages(self) -> dict[str, int]:
-        """The last stage for every parameter: how deep each lies is not known."""
-        return {name: LAST_STAGE for name, _ in self.named_parameters()}
+        """Stage 0 (stem) ... 4 (stride 32) of every parameter, by the maps of a dry run."""
+        with torch.no_grad():
+            found = find_stages(self.body, SIZE, lambda: _run(self.body, self.name))
+        return {f"body.{name}": stage for name, stage in found.items()}
 
     def freeze(self, stages: int) -> None:
-        """Keep the trunk as it is where all stages are frozen; single stages are not known."""
-        if stages > LAST_STAGE:
-            self.body.requires_grad_(False)
-        elif stages:
-            logger.warning(
-                "freeze=%d: the stages of the backbone '%s' are not known, so that all of it is "
-                "trained; set freeze=0, or freeze=%d for none of it",
-                stages, self.name, LAST_STAGE + 1,
-            )  # fmt: skip
+        """Keep the first `stages` of stem, strides 4, 8, 16, 32 as they are."""
+        for name, stage in self.stages().items() if stages else ():
+            if stage < stages:
+                self.get_parameter(name).requires_grad_(False)
 
     def describe(self) -> dict[str, Any]:
         """What it takes to build this trunk again, for a checkpoint's `config`."""

@@ -62,12 +62,12 @@ class SlideGrade:
 
     @property
     def area_mm2(self) -> float:
-        """Of all tissue."""
+        """Of all tiles that were graded, glass between the tissue in them included."""
         return sum(self.areas_mm2)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of the tissue, each grade's."""
+        """Of the area that was graded, each grade's."""
         return tuple(area / self.area_mm2 if self.area_mm2 else 0.0 for area in self.areas_mm2)
 
     def row(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 from torch import Tensor
 
 from detection_kd.grading.two_speed import choose_least_sure
@@ -24,6 +25,8 @@ from patch_encoder.tiles.coordinates import Coordinates, SlideJob
 from patch_encoder.tiles.grid import make_tile_geometry
 from wsi_common.device import autocast
 from wsi_common.errors import UserError
+
+NEARLY = 0.01  # a level up to 1 % coarser counts as that many times finer, as in `choose_level`
 
 
 class GradedTile(NamedTuple):
@@ -66,7 +69,10 @@ class GradeCollector:
 
 
 def read_at(job: SlideJob, scale: PatchScale) -> SlideJob:
-    """The same places, read at the resolution of a network.
+    """The same places, read for a network of this resolution and reduced by `average_tile`.
+
+    The nearest finer level is read as it is, but for what it is finer than the teacher's view, and
+    averaged over whole pixels, as the student's pixels are in training.
 
     Raises:
         UserError: the slide cannot be read or has no such resolution, or its tiles are of another
@@ -75,6 +81,10 @@ def read_at(job: SlideJob, scale: PatchScale) -> SlideJob:
     old = job.coordinates.geometry
     with open_slide(job.path, job.mpp, old.tile_pattern) as slide:
         new = make_tile_geometry(slide, scale.own_side, scale.own_mpp, old.overlap)
+        finer = min(int(new.patch_size / scale.own_side + NEARLY), scale.ratio)
+        if finer > 1 and scale.own_mpp is not None:
+            side, mpp = scale.own_side * finer, scale.own_mpp / finer
+            new = make_tile_geometry(slide, side, mpp, old.overlap)
     if abs(new.patch_size_level0 - old.patch_size_level0) > 0.01 * old.patch_size_level0:
         raise UserError(
             f"expected tiles of {new.patch_size_level0} level-0 px, {scale.side} px at "
@@ -83,6 +93,12 @@ def read_at(job: SlideJob, scale: PatchScale) -> SlideJob:
         )
     geometry = replace(new, patch_size_level0=old.patch_size_level0, step_level0=old.step)
     return replace(job, coordinates=Coordinates(job.coordinates.coords, geometry))
+
+
+def average_tile(side: int, tile: UInt8[np.ndarray, "h h 3"]) -> UInt8[Tensor, "3 {side} {side}"]:
+    """A tile as `read_at` reads it -> what a network sees: the mean of whole squares of pixels."""
+    finer = len(tile) // side
+    return to_tensor(np.asarray(Image.fromarray(tile).reduce(finer)) if finer > 1 else tile)
 
 
 @torch.inference_mode()
@@ -128,7 +144,8 @@ def ask_teacher(
         return found
     finer = read_at(job, teacher.scale)
     part = Coordinates(finer.coordinates.coords[numbers], finer.coordinates.geometry)
-    sequence = TileSequence([replace(finer, coordinates=part)], to_tensor)
+    transform = partial(average_tile, teacher.scale.own_side)
+    sequence = TileSequence([replace(finer, coordinates=part)], transform)
     grade = partial(grade_tiles, teacher, settings)
     for _, again in find_in_slides(sequence, grade, lambda _: GradeCollector(), settings, failures):
         probabilities = found.probabilities.copy()

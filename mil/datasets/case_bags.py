@@ -14,12 +14,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patch_encoder.bags.bag import Bag, slide_grid
+from patch_encoder.bags.bag import Bag, open_bag, slide_grid
 from wsi_common.errors import UserError
 from wsi_common.files import sha256_bytes
 
@@ -95,6 +96,62 @@ def join_bags(name: str, bags: Sequence[Bag]) -> Bag:
     described = {"provenance": without_digest(first), "tiling": first.tiling}
     joined = CaseBag(Path(name), shape, "float16" if half else "float32", None, **described)
     return replace(joined, coords=lay_side_by_side(bags), parts=tuple(bags))
+
+
+class CaseSlide(NamedTuple):
+    """A slide and its files; no bag: it is not there."""
+
+    slide_id: str
+    bag: Path | None
+    coords: Path | None = None
+
+
+@dataclass(frozen=True)
+class SlideInCase:
+    """A slide's bag within the bag that a model sees.
+
+    Attributes:
+        own: the slide's bag.
+        whole: that of all slides of its case, or the slide's own.
+        rows: of `whole` that are the slide's.
+        parts: slide id -> bag, of all slides in `whole`.
+    """
+
+    own: Bag
+    whole: Bag
+    rows: slice
+    parts: dict[str, Bag]
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity; names the bag that has them."""
+        for bag in self.parts.values():
+            bag.check_finite()
+
+
+def open_in_case(slide: CaseSlide, case: Sequence[CaseSlide] = ()) -> SlideInCase:
+    """Open a slide's bag within that of its case.
+
+    Args:
+        slide: the slide.
+        case: all slides that the model sees as one bag, in its order; empty: the slide alone.
+
+    Raises:
+        UserError: a bag that cannot be read, or a slide of the case without one.
+    """
+    parts = {}
+    for one in case or (slide,):
+        if one.bag is None:
+            raise UserError(
+                f"slide {slide.slide_id}: expected the bags of all {len(case)} slides of its case, "
+                f"which were predicted as one, found none of slide {one.slide_id}; add it to "
+                "features="
+            )
+        parts[one.slide_id] = open_bag(one.bag, one.coords)
+    own = parts[slide.slide_id]
+    names = list(parts)
+    start = sum(len(parts[name]) for name in names[: names.index(slide.slide_id)])
+    whole = join_bags(slide.slide_id, list(parts.values()))
+    return SlideInCase(own, whole, slice(start, start + len(own)), parts)
 
 
 def without_digest(bag: Bag) -> dict[str, object]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +30,12 @@ from wsi_common.errors import UserError, did_you_mean
 from wsi_common.files import write_csv
 
 logger = logging.getLogger(__name__)
+HINT = "; cases are those of labels=, without which each slide is its own"
 MISSING = {"", "na", "n/a", "nan", "none", "null", "unknown", "<na>"}
 KEYS = ("slide_id", "case_id")
 IGNORED = (*KEYS, "split", "label", "time", "event", "mpp")  # of a labels.csv that serves as table
+# also with a decimal comma, a sign of comparison, or infinite
+NUMBER_LIKE = re.compile(r"[<>=~≤≥]*\s*[-+]?(\d+([.,]\d*)?|[.,]\d+|inf(inity)?)(e[-+]?\d+)?", re.I)
 FILE = "covariates.csv"  # in a run directory: the cells of its slides
 Cells = Mapping[str, str]  # column -> cell
 
@@ -131,7 +135,8 @@ def fit_covariates(
         categories: columns of numbers that are levels (a stage of 1 to 4).
 
     Raises:
-        UserError: a name in `categories` that is no column, or no column says anything.
+        UserError: a name in `categories` that is no column, a column of numbers and of text, or no
+            column says anything.
     """
     names = list(every[0])
     for name in categories:
@@ -142,8 +147,7 @@ def fit_covariates(
     columns = []
     for name in names:
         known = [row[name] for row in train if not is_missing(row[name])]
-        text = any(to_number(r[name]) is None for r in every if not is_missing(r[name]))
-        if text or name in categories:
+        if name in categories or is_category(name, [row[name] for row in every]):
             levels = tuple(sorted(set(known)))
             columns += [Covariate(name, levels)] if len(levels) > 1 else []
         elif known:
@@ -161,6 +165,24 @@ def fit_covariates(
     if silent:
         logger.warning("covariates: the same for all training slides: %s", ", ".join(silent))
     return CovariateEncoder(tuple(columns))
+
+
+def is_category(name: str, cells: Sequence[str]) -> bool:
+    """Whether a column is text.
+
+    Raises:
+        UserError: among numbers a cell as `>90` or `inf`, or a decimal comma: each of these would
+            be a level of its own.
+    """
+    known = [cell for cell in cells if not is_missing(cell)]
+    text = [cell for cell in known if to_number(cell) is None]
+    meant = [cell for cell in text if NUMBER_LIKE.fullmatch(cell)]
+    if meant and (len(text) < len(known) or any("," in cell for cell in meant)):
+        raise UserError(
+            f"covariate {name}: expected numbers with a decimal point, found '{meant[0]}'; correct "
+            f"it, empty the cell, or add {name} to categories= where each cell is a level"
+        )
+    return bool(text)
 
 
 def is_missing(cell: str) -> bool:
@@ -214,7 +236,7 @@ def read_covariates(
     if absent:
         raise UserError(
             f"{path}: {len(absent)} of {len(ids)} slides have no row: {list_names(absent)}; add "
-            "rows, whose cells may be empty"
+            f"rows, whose cells may be empty{HINT * (by == 'case_id')}"
         )
     return {slide: found[name] for slide, name in ids.items()}
 

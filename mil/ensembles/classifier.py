@@ -184,7 +184,8 @@ class Classifier:
     def check_bag(self, slide_id: str, bag: Bag, *, unnamed: bool = False) -> None:
         """Refuse features of another encoder or width than those of the training."""
         remedy = "extract the slides with the model's encoder, or choose another feature_set="
-        if not read_encoder(bag):
+        fits = bag.shape[1] == self.config["network"]["dim"]
+        if fits and not read_encoder(bag):
             remedy += ", or set unnamed=true where you know that it made them"
         check_encoder(slide_id, bag, self.config, remedy, unnamed=unnamed)
 

@@ -1,5 +1,6 @@
 """Heatmaps of slides that an ensemble predicts: attention, and what it says of single tiles, are
-means over its models. Slides of a case are drawn one by one, each from its own bag.
+means over its models. Slides of a case are drawn one by one; where the models see them as one bag,
+each shows its part of the case's attention.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def draw_predicted(
     """
     slides = make_slides(classifier, predicted)
     source = Source(classifier.task, str(keys.slides), slides, [], classifier.title)
-    inputs = find_inputs(keys, "", [judged.slide_id for judged in slides], bags)
+    inputs = find_inputs(keys, "", slides, bags)
     for judged in slides:
         if judged.slide_id not in inputs:
             place = f"a slide below {keys.slides}" if keys.slides else "coordinates of its tiles"
@@ -106,7 +107,8 @@ def make_slides(
         numbers = tuple(one.found.mean.tolist())
         for slide in one.subject.slides:
             place = (slide, one.subject.case_id, label, called, numbers, None, "", weights)
-            found.append(SlidePrediction(*place, shown))
+            case = one.subject.slides if classifier.unit == "case" else ()
+            found.append(SlidePrediction(*place, shown, case=tuple(case)))
     return found
 
 
@@ -128,7 +130,8 @@ def score_with_all(
     for member in classifier.members:
         encoded = member.encode(covariates.get(judged.slide_id))
         wanted = (drawing.value, name, classifier.device, encoded)
-        each.append(score_bag(member.model, member.task, inputs.bag, inputs.coords, *wanted))
+        files = (inputs.bag, inputs.coords)
+        each.append(score_bag(member.model, member.task, *files, *wanted, inputs.case))
     attention = np.mean([scores.attention for scores in each], axis=0)
     alone = None
     pairs = list(zip(classifier.members, each, strict=True))
@@ -137,4 +140,6 @@ def score_with_all(
         alone = np.mean(scaled, axis=0)
     slide = np.mean([m.task.to_common_scale(s.slide, m.carried) for m, s in pairs], axis=0)
     shown = each[0].shown if alone is not None else "attention"
-    return TileScores(each[0].coordinates, attention, alone, shown, each[0].class_name, slide)
+    whole = np.mean([s.whole for s in each], axis=0) if inputs.case else None
+    numbers = (attention, alone, shown, each[0].class_name, slide, whole, each[0].together)
+    return TileScores(each[0].coordinates, *numbers)

@@ -24,7 +24,7 @@ from mil.evaluation.runs import FinishedRun, read_side
 from mil.heatmaps.sources import is_benchmark
 from mil.tasks.base import Task
 from mil.tasks.table import task_from_dict
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, sha256_file
 from wsi_common.shared_weights import WEIGHTS, find_weights
@@ -127,7 +127,7 @@ def load_member(
     Raises:
         UserError: no classifier, or a rule for which it has no validation slides.
     """
-    model, content = load_classifier(checkpoint, device)
+    model, content = load_trained_model(checkpoint, device)
     config = content["config"]
     task, folder = task_from_dict(config["task"]), checkpoint.parent
     if rule != "youden" and task.positive is None:

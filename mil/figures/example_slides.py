@@ -8,19 +8,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from mil.datasets.bags import Sample
+from mil.datasets.case_bags import CaseSlide, open_in_case
 from mil.datasets.covariates import encode_stored
 from mil.evaluation.runs import FinishedRun
 from mil.figures.report import mark_tiles
 from mil.tasks.base import Task
 from mil.tasks.records import Verdict
 from mil.training.bag_record import check_bag
-from mil.training.engine import examine, load_classifier
+from mil.training.engine import examine, load_trained_model
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.slides import open_slide
@@ -59,14 +60,37 @@ class Group(Generic[T]):
     slides: list[T]
 
 
+class ExampleSlide(NamedTuple):
+    """A slide and its files; `mpp` where the slide does not say it, no bag: it is not there."""
+
+    slide_id: str
+    bag: Path | None
+    slide: Path
+    mpp: float | None = None
+
+
 @dataclass(frozen=True)
 class Example:
-    """A chosen slide with its pictures as data URIs."""
+    """A chosen slide, or slide of a chosen case, with its pictures as data URIs.
+
+    Attributes:
+        choice: what was chosen.
+        slide_id: what is drawn.
+        tiles: of the slide.
+        overview, top: pictures; the tiles with their attention.
+        together: slides that the model sees as one bag.
+        share: of the attention over all of these, what the slide has.
+        slides: of the case; 0 where slides are predicted.
+    """
 
     choice: Choice
+    slide_id: str
     tiles: int
     overview: str
     top: list[tuple[str, float]]
+    together: int = 1
+    share: float = 1.0
+    slides: int = 0
 
 
 def choose_slides(runs: Sequence[FinishedRun], task: Task, each: int) -> list[Group[Choice]]:
@@ -110,6 +134,29 @@ def choose_slides(runs: Sequence[FinishedRun], task: Task, each: int) -> list[Gr
     ]
 
 
+def pick_slides(
+    case: str, run: FinishedRun, by_slide: FinishedRun, unit: str, task: Task
+) -> tuple[list[str], int]:
+    """The slides of a chosen case that are looked at, and how many it has.
+
+    All of them where the model sees them as one bag; of pooled slides the one whose own prediction
+    is nearest to that of the case, which with `case_max` is the slide that it comes from.
+
+    Args:
+        case: as it is called in `run`.
+        run, by_slide: the same test set by case and by slide.
+        unit: one of mil.datasets.case_bags.UNITS.
+        task: what the model was asked.
+    """
+    own = [number for number, row in enumerate(by_slide.rows) if row["case_id"] == case]
+    names = [by_slide.slides[number] for number in own]
+    if unit == "case":
+        return names, len(names)
+    whole = task.values(run.test)[run.slides.index(case)]
+    distances = np.abs(task.values(by_slide.test)[own] - whole).sum(1)
+    return [names[int(distances.argmin())]], len(names)
+
+
 def _merge_runs(choices: Sequence[Choice], task: Task) -> list[Choice]:
     """One entry per slide: what most of its runs call it (of equally many the first), shown by the
     first run that does.
@@ -139,18 +186,16 @@ def _merge_runs(choices: Sequence[Choice], task: Task) -> list[Choice]:
 def make_example(
     choice: Choice,
     checkpoint: Path,
-    bag_file: Path,
-    slide_file: Path,
-    mpp: float | None,
+    slides: Sequence[ExampleSlide],
     top: int,
     coords: str | Path = "",
 ) -> Example:
-    """Attention of the fold's model over the slide, drawn.
+    """Attention of the fold's model over a slide, drawn.
 
     Args:
-        choice, checkpoint: the slide, and the model that judges it.
-        bag_file, slide_file: its files.
-        mpp: of the slide where it does not say.
+        choice, checkpoint: the slide or case, and the model that judges it.
+        slides: the slide, or all slides of a case that the model sees as one bag, in its order; the
+            one with the most attention is drawn.
         top: number of tiles.
         coords: folder with coordinates, for a bag that has none.
 
@@ -158,22 +203,31 @@ def make_example(
         UserError: unreadable or not finite bag, one that the model was not tested on or one without
             coordinates, unreadable slide or one that the bag is not of.
     """
-    bag = open_bag(bag_file, find_coordinates(bag_file, coords))
-    where = bag.coordinates()
-    check_fingerprint(slide_file, str(bag.attributes.get("slide_fingerprint", "")), "its features")
-    bag.check_finite()
+    files = [
+        CaseSlide(one.slide_id, one.bag, find_coordinates(one.bag, coords) if one.bag else None)
+        for one in slides
+    ]
+    seen = open_in_case(files[0], files)
+    places = [bag.coordinates() for bag in seen.parts.values()]
+    seen.check_finite()
     device = torch.device("cpu")
-    model, content = load_classifier(checkpoint, device)
-    check_bag(choice.slide_id, open_bag(bag_file), content["config"])
-    covariates = encode_stored(content["config"], checkpoint, choice.slide_id)
-    sample = Sample(choice.slide_id, bag, 0, covariates=covariates)
-    attention = examine(model, sample, device).attention.numpy()
+    model, content = load_trained_model(checkpoint, device)
+    for one in slides:
+        check_bag(one.slide_id, open_bag(one.bag), content["config"])
+    covariates = encode_stored(content["config"], checkpoint, slides[0].slide_id)
+    sample = Sample(choice.slide_id, seen.whole, 0, covariates=covariates)
+    parts = examine(model, sample, device).attention.split([len(p.coords) for p in places])
+    number = int(np.argmax([float(part.sum()) for part in parts]))
+    drawn, where, attention = slides[number], places[number], parts[number].numpy()
+    stored = seen.parts[drawn.slide_id].attributes.get("slide_fingerprint", "")
+    check_fingerprint(drawn.slide, str(stored), "its features")
     rows, geometry = np.argsort(-attention, kind="stable")[:top], where.geometry
-    with open_slide(slide_file, mpp, geometry.tile_pattern) as slide:
+    with open_slide(drawn.slide, drawn.mpp, geometry.tile_pattern) as slide:
         overview = mark_tiles(
             read_overview(slide, THUMBNAIL_SIDE).pixels, geometry, slide.width, where.coords[rows]
         )
         corners = where.coords[rows].tolist()
         tiles = [jpeg_uri(read_tile(slide, geometry, *corner)) for corner in corners]
     top_tiles = list(zip(tiles, attention[rows].tolist(), strict=True))
-    return Example(choice, len(bag), jpeg_uri(overview), top_tiles)
+    found = (choice, drawn.slide_id, len(attention), jpeg_uri(overview), top_tiles)
+    return Example(*found, len(slides), float(attention.sum()))

@@ -15,6 +15,7 @@ are the maps that it comes from. What a map means, and which models have scores 
 | transmil, mhim_transmil | one per head of the class token in the last layer | no: Nystrom |
 
 Mean-MIL, Max-MIL and the mi-Nets weigh tiles by a fixed rule and have none. Bags are read whole.
+Of slides that a model sees as one bag, each gets its part of the maps of all of them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mil.datasets.case_bags import CaseSlide, open_in_case
 from mil.models.abmil import ABMIL
 from mil.models.clam import CLAM
 from mil.models.deform_mil import DeformMIL
@@ -39,7 +41,7 @@ from mil.models.layers import find_standardised, inner_model
 from mil.models.mhim import MHIM
 from mil.models.rrt import RRT
 from mil.models.transmil import TransMIL
-from patch_encoder.bags.bag import Bag, open_bag, slide_grid
+from patch_encoder.bags.bag import Bag, slide_grid
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.tiles.slide_grid import SlideGrid
 from wsi_common.errors import UserError
@@ -64,6 +66,22 @@ class AttentionMaps(NamedTuple):
     kind: str
     weights: Float[Tensor, "k n"]
     scores: Float[Tensor, "k n"] | None
+
+    def of_rows(self, rows: slice) -> AttentionMaps:
+        """The part of some tiles."""
+        scores = None if self.scores is None else self.scores[:, rows]
+        return AttentionMaps(self.kind, self.weights[:, rows], scores)
+
+
+class MapJob(NamedTuple):
+    """A slide whose maps are wanted, of the models of these checkpoints.
+
+    `case` has the slides that the models see as one bag, in their order; empty: this one alone.
+    """
+
+    slide: CaseSlide
+    checkpoints: Sequence[Path]
+    case: Sequence[CaseSlide] = ()
 
 
 class Tiles(NamedTuple):
@@ -231,7 +249,7 @@ def write_attention_maps(
 
 def write_all_maps(
     folder: Path,
-    slides: Sequence[tuple[str, Path, Sequence[Path]]],
+    jobs: Sequence[MapJob],
     load: Callable[[Path], nn.Module],
     names: Sequence[str],
     failures: Failures,
@@ -242,24 +260,31 @@ def write_all_maps(
 
     Args:
         folder: of the files.
-        slides: (slide id, bag file, checkpoints of the models that are asked).
+        jobs: the slides.
         load: makes the model of a checkpoint.
         names: the task's classes or labels.
         failures: gets the slides whose maps cannot be made.
         overwrite: write those again that are of other models or bags.
     """
-    for slide, bag_file, checkpoints in progress(slides, "attention", len(slides), "slides"):
-        path, weights = folder / f"{slide}.h5", [digest_weights(file) for file in checkpoints]
+    for slide, checkpoints, case in progress(jobs, "attention", len(jobs), "slides"):
+        path = folder / f"{slide.slide_id}.h5"
         try:
-            bag = open_bag(bag_file)
-            made_from = sha256_bytes(bag.digest().encode(), *(text.encode() for text in weights))
+            seen = open_in_case(slide, case)
+            digests = [bag.digest() for bag in seen.parts.values()]
+            digests += [digest_weights(file) for file in checkpoints]
+            if case:  # the same bags make other maps of each slide
+                digests.insert(0, slide.slide_id)
+            made_from = sha256_bytes(*(text.encode() for text in digests))
             if can_reuse_maps(path, made_from, overwrite=overwrite):
                 continue
             each = {file.parent.name: load(file) for file in checkpoints}
-            found = {name: find_attention_maps(model, bag) for name, model in each.items()}
-            write_attention_maps(path, found, names, bag, made_from)
+            found = {
+                name: find_attention_maps(model, seen.whole).of_rows(seen.rows)
+                for name, model in each.items()
+            }
+            write_attention_maps(path, found, names, seen.own, made_from)
         except (UserError, OSError) as error:
-            failures.add(slide, str(error))
+            failures.add(slide.slide_id, str(error))
 
 
 def can_reuse_maps(path: Path, made_from: str, *, overwrite: bool) -> bool:

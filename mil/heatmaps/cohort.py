@@ -15,6 +15,7 @@ import cv2
 import torch
 from torch import nn
 
+from mil.datasets.case_bags import CaseSlide, open_in_case
 from mil.heatmaps.attention_maps import digest_weights
 from mil.heatmaps.drawing import make_colour_bar
 from mil.heatmaps.pages import write_pages
@@ -25,8 +26,8 @@ from mil.heatmaps.sources import SlidePrediction, Source
 from mil.tasks.base import Task
 from mil.tasks.keys import SlideKeys
 from mil.tasks.table import task_from_dict
-from mil.training.engine import load_classifier
-from patch_encoder.bags.bag import COORDS_REMEDY, open_bag
+from mil.training.engine import load_trained_model
+from patch_encoder.bags.bag import COORDS_REMEDY
 from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.slides.names import check_fingerprint
@@ -61,7 +62,8 @@ def made_from(
     Raises:
         UserError: a bag that cannot be read, or that is of another slide.
     """
-    bag = open_bag(inputs.bag)
+    seen = open_in_case(CaseSlide(judged.slide_id, inputs.bag), inputs.case)
+    bag = seen.own
     stored = str(bag.attributes.get("slide_fingerprint", ""))
     found = {
         "weights": weights or digest_weights(judged.checkpoint),
@@ -72,6 +74,8 @@ def made_from(
     }
     if inputs.coords:
         found["coords"] = sha256_file(inputs.coords)
+    if inputs.case:
+        found["case"] = {name: bag.digest() for name, bag in seen.parts.items()}
     return found | {"drawing": asdict(drawing)}
 
 
@@ -142,7 +146,7 @@ class FoldScorer:
 
 def load_model(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Task, dict[str, Any]]:
     """A trained classifier, its task, and the configuration in its checkpoint."""
-    model, content = load_classifier(checkpoint, device)
+    model, content = load_trained_model(checkpoint, device)
     return model, task_from_dict(content["config"]["task"]), content["config"]
 
 
@@ -158,20 +162,28 @@ def draw_one(job: DrawingJob, output: Path, task: Task, drawing: Drawing) -> Non
 
 
 def find_inputs(
-    keys: SlideKeys, outlines: str, names: Sequence[str], bags: Mapping[str, Path]
+    keys: SlideKeys, outlines: str, chosen: Sequence[SlidePrediction], bags: Mapping[str, Path]
 ) -> dict[str, Inputs]:
     """Bag, slide, mpp and outline of every slide that has a bag, and where slides are given a
     slide.
     """
     slides, mpps = keys.find_slides(bags)
+
+    def find_coords(bag: Path) -> Path | None:
+        needed = keys.coords or bag.suffix == ".pt"
+        return find_coordinates(bag, keys.coords) if needed else None
+
+    def find_case(name: str) -> CaseSlide:
+        return CaseSlide(name, bags.get(name), find_coords(bags[name]) if name in bags else None)
+
     found = {}
-    for name in map(safe_id, names):
+    for judged in chosen:
+        name = safe_id(judged.slide_id)
         if name in bags and (name in slides or not keys.slides):
             outline = Path(outlines) / f"{name}.geojson" if outlines else None
             tissue = outline if outline is not None and outline.is_file() else None
-            needed = keys.coords or bags[name].suffix == ".pt"
-            coords = find_coordinates(bags[name], keys.coords) if needed else None
-            found[name] = Inputs(bags[name], slides.get(name), mpps.get(name), tissue, coords)
+            files = (bags[name], slides.get(name), mpps.get(name), tissue, find_coords(bags[name]))
+            found[name] = Inputs(*files, tuple(map(find_case, judged.case)))
     plain = [given for given in found.values() if given.bag.suffix == ".pt"]
     lost = [given.bag for given in plain if given.coords is None]
     if lost and len(lost) == len(found):

@@ -1,7 +1,8 @@
 """Scores each tile of a bag by a slide classifier: its attention, and the prediction for the tile
 alone.
 
-Attention is the model's own: non-negative, sums to 1 over the slide. The probability (survival: the
+Attention is the model's own: non-negative, sums to 1 over the slide, or over all slides of a case
+that the model sees as one bag. The probability (survival: the
 risk; regression: the value) is that of a bag with this one tile; for Mean-MIL and Max-MIL
 it is the tile's own classification, for attention models it asks what the classifier would say of
 nothing but this tile, and need not agree with attention. Percentile ranks are CLAM's (ties share
@@ -10,7 +11,8 @@ their mean rank), 100 for the highest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mil.datasets.bags import Sample
+from mil.datasets.case_bags import CaseSlide, open_in_case
 from mil.models.batch import forward_bags
 from mil.tasks.base import Task
 from mil.training.engine import examine
-from patch_encoder.bags.bag import open_bag
 from patch_encoder.tiles.coordinates import Coordinates
 from wsi_common.errors import UserError
 from wsi_common.files import write_csv
@@ -37,12 +39,15 @@ class TileScores:
 
     Attributes:
         coordinates: N tiles and how they are read.
-        attention: (N,), sums to 1.
+        attention: (N,), sums to 1 over the slides of the bag that the model sees.
         alone: (N,) prediction for the tile alone, a probability that of `class_name`; None when
             not asked for.
         shown: what the heatmap is of: one of VALUES, but not auto.
         class_name: the class, label or grade that a probability belongs to.
         slide: (V,) prediction for the whole bag, in the order of the task's `value_names`.
+        whole: (M,) attention over all slides of the case that the model sees as one bag; None: it
+            sees this slide alone.
+        together: slides in the whole bag.
     """
 
     coordinates: Coordinates
@@ -51,11 +56,18 @@ class TileScores:
     shown: str
     class_name: str
     slide: Float[np.ndarray, " c"]
+    whole: Float[np.ndarray, " m"] | None = None
+    together: int = 1
 
     @property
     def values(self) -> Float[np.ndarray, " n"]:
         """What the heatmap is of."""
         return self.attention if self.alone is None else self.alone
+
+    @property
+    def most(self) -> float:
+        """The highest attention that the model gives to a tile of the slide or of its case."""
+        return float((self.attention if self.whole is None else self.whole).max())
 
     def columns(self) -> dict[str, np.ndarray]:
         """Name -> (N,): every score, and the percentile rank of the shown one."""
@@ -82,6 +94,7 @@ def score_bag(
     class_name: str,
     device: torch.device,
     covariates: Tensor | None = None,
+    case: Sequence[CaseSlide] = (),
 ) -> TileScores:
     """Score one bag; features are read block by block where the model allows it
     (mil/training/prediction.py).
@@ -96,15 +109,17 @@ def score_bag(
             the likeliest one.
         device: of the model.
         covariates: of the slide, encoded, for a model that is fused with them.
+        case: all slides that the model sees as one bag, in its order; empty: this one alone.
 
     Raises:
         UserError: unreadable bag, no coords or geometry, features or scores that are not finite.
     """
-    bag = open_bag(bag_file, coords_file)
-    coordinates = bag.coordinates()
-    bag.check_finite()
-    sample = Sample(bag_file.stem, bag, 0, covariates=covariates)
-    output = examine(model, sample, device)
+    own = next((one for one in case if one.bag == bag_file), None)
+    seen = open_in_case(own or CaseSlide(bag_file.stem, bag_file, coords_file), case)
+    coordinates = seen.own.coordinates()
+    seen.check_finite()
+    sample = Sample(bag_file.stem, seen.own, 0, covariates=covariates)
+    output = examine(model, replace(sample, bag=seen.whole), device)
     attention = output.attention.double().numpy()
     slide = task.predict(output.logits.double()[None])[0].numpy()
     if not (np.isfinite(attention).all() and np.isfinite(slide).all()):
@@ -119,7 +134,8 @@ def score_bag(
     if shown != "attention":
         column = task.names.index(name) if task.names else 0
         alone = score_tiles_alone(model, task, sample, device)[:, column]
-    return TileScores(coordinates, attention, alone, shown, name, slide)
+    numbers = (attention[seen.rows], alone, shown, name, slide, attention if case else None)
+    return TileScores(coordinates, *numbers, len(seen.parts))
 
 
 @torch.inference_mode()

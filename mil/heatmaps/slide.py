@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mil.datasets.case_bags import CaseSlide, open_in_case
 from mil.datasets.covariates import encode_stored
 from mil.heatmaps.drawing import Heat, add_frame, blend, draw_cover, draw_outlines, make_heat_layer
 from mil.heatmaps.gallery import choose_tiles, save_jpeg, write_gallery
@@ -31,7 +32,6 @@ from mil.heatmaps.settings import Drawing, choose_picture_side
 from mil.heatmaps.sources import SlidePrediction, list_facts
 from mil.tasks.base import Task
 from mil.training.bag_record import check_bag
-from patch_encoder.bags.bag import open_bag
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.coordinates import Coordinates
@@ -50,13 +50,17 @@ SURE = 1e-9
 
 @dataclass(frozen=True)
 class Inputs:
-    """Files of one slide; slide, tissue and coordinates (which most bags have) may be missing."""
+    """Files of one slide; slide, tissue and coordinates (which most bags have) may be missing.
+
+    `case` has the slides that the model sees as one bag, in its order; empty: this one alone.
+    """
 
     bag: Path
     slide: Path | None
     mpp: float | None
     tissue: Path | None
     coords: Path | None = None
+    case: tuple[CaseSlide, ...] = ()
 
 
 def score_slide(
@@ -77,13 +81,15 @@ def score_slide(
     Raises:
         UserError: a bag that cannot be used, or that is not the one that was predicted.
     """
-    check_bag(judged.slide_id, open_bag(inputs.bag), config)
+    case = [one._replace(coords=None) for one in inputs.case]  # digests are of the bags alone
+    seen = open_in_case(CaseSlide(judged.slide_id, inputs.bag), case)
+    for slide_id, bag in seen.parts.items():
+        check_bag(slide_id, bag, config)
     weights = next(model.parameters(), torch.empty(0))
     files, wanted = (inputs.bag, inputs.coords), (drawing.value, drawing.of_class)
     covariates = encode_stored(config, judged.checkpoint, judged.slide_id)
-    scores = score_bag(model, task, *files, *wanted, weights.device, covariates)
-    if config["unit"] != "case":  # there the number is of all slides of the patient
-        _check_prediction(judged, scores, task, config["precision"])
+    scores = score_bag(model, task, *files, *wanted, weights.device, covariates, inputs.case)
+    _check_prediction(judged, scores, task, config["precision"])
     return scores
 
 
@@ -144,6 +150,8 @@ def draw_slide(
         "height": extent[1],
         "side": geometry.patch_size_level0,
         "tiles_half": count_tiles_for_half(scores.attention),
+        "share": float(scores.attention.sum()),
+        "together": scores.together,
         "gallery": slide is not None,
         "picture": list(files),
         "low": heat.low,
@@ -157,8 +165,8 @@ def draw_slide(
 def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
     """Scale the values to lie between 0 and 1, with what the ends of the colour bar say.
 
-    Percentile: rank / 100. Raw: attention over the slide's highest, so that colours differ; a
-    probability as it is; other numbers between the slide's lowest and highest.
+    Percentile: rank / 100. Raw: attention over the highest of the slide or of its case, so that
+    colours differ; a probability as it is; other numbers between the slide's lowest and highest.
     """
     values = scores.values
     of_class = f" of {scores.class_name}" if scores.class_name else ""
@@ -169,8 +177,9 @@ def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
         values = compute_percentile_ranks(values) / 100
         high, name = "100", f"percentile of {what}"
     elif scores.shown == "attention":
-        values = values / most
-        high, name = f"{100 * most:.3g} %", "of the slide's attention"
+        values = values / scores.most
+        whose = "slide" if scores.together == 1 else "case"
+        high, name = f"{100 * scores.most:.3g} %", f"of the {whose}'s attention"
     elif scores.shown != "probability":
         values = (values - least) / ((most - least) or 1.0)
         low, high = f"{least:.3g}", f"{most:.3g}"
@@ -179,8 +188,9 @@ def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
 
 
 def count_tiles_for_half(attention: np.ndarray) -> int:
-    """Count the fewest tiles that hold half of the attention: how concentrated it is."""
-    return int(np.searchsorted(np.cumsum(np.sort(attention)[::-1]), 0.5 - 1e-12) + 1)
+    """Count the fewest tiles that hold half of the slide's attention: how concentrated it is."""
+    half = (0.5 - 1e-12) * attention.sum()
+    return int(np.searchsorted(np.cumsum(np.sort(attention)[::-1]), half) + 1)
 
 
 def write_pictures(

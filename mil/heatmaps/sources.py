@@ -43,6 +43,7 @@ class SlidePrediction:
             slides.
         place: share of the run's slides with a lower risk, for survival.
         others: the same slide in the further runs that test it.
+        case: slides that the model predicts as one bag, in its order; empty: this one alone.
     """
 
     slide_id: str
@@ -56,6 +57,7 @@ class SlidePrediction:
     cuts: Mapping[str, float] = field(default_factory=dict)
     place: float | None = None
     others: tuple[SlidePrediction, ...] = ()
+    case: tuple[str, ...] = ()
 
     @property
     def runs(self) -> tuple[SlidePrediction, ...]:
@@ -105,7 +107,7 @@ def read_run(folder: Path, split: str) -> tuple[Task, list[SlidePrediction], Fin
     run = read_side(folder, "", task, split)
     if run is None:
         return task, [], None
-    # of a run by case the slides are drawn, by what is predicted for each alone
+    # of a run by case the slides are drawn
     alone = (folder / SLIDE_TABLE).is_file()
     shown = read_side(folder, "", task, split, SLIDE_TABLE) if alone else run
     assert shown is not None
@@ -113,8 +115,18 @@ def read_run(folder: Path, split: str) -> tuple[Task, list[SlidePrediction], Fin
     numbers = map(tuple, task.values(found).tolist())
     columns = (task.label_texts(found), task.calls(found), numbers, task.places(found))
     shared = (found.fold, split, checkpoint, task.cuts(found))
+    together: dict[str, list[str]] = {}
+    for row in shown.rows if config["unit"] == "case" else ():
+        together.setdefault(row["case_id"], []).append(row["slide_id"])
     slides = [
-        SlidePrediction(row["slide_id"], row["case_id"], *own, *shared, place)
+        SlidePrediction(
+            row["slide_id"],
+            row["case_id"],
+            *own,
+            *shared,
+            place,
+            case=tuple(together.get(row["case_id"], ())),
+        )
         for row, *own, place in zip(shown.rows, *columns, strict=True)
     ]
     return task, slides, run

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mil.tasks.base import Row, Task, apply_cuts
-from wsi_common.errors import UserError
+from wsi_common.errors import UserError, did_you_mean
 from wsi_common.files import write_csv
 
 SLIDE_TABLE = "slide_predictions.csv"  # a row per slide, where predictions.csv is by case
@@ -102,5 +102,6 @@ def check_names(path: str | Path, row: Row, found: Sequence[str], names: Sequenc
     unknown = [name for name in found if name not in names]
     if unknown:
         raise UserError(
-            f"{path}: slide {row['slide_id']}: label '{unknown[0]}' has no column prob_{unknown[0]}"
+            f"{path}: slide {row['slide_id']}: label '{unknown[0]}' has no column "
+            f"prob_{unknown[0]}; {did_you_mean(unknown[0], names)}"
         )

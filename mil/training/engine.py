@@ -190,7 +190,7 @@ def train_model(
         recipe: training settings.
         seed: decides the order of the bags.
         run: gets metrics.jsonl, checkpoint_last.pt and checkpoint_best.pt.
-        config: plain dict from which `load_classifier` rebuilds the model.
+        config: plain dict from which `load_trained_model` rebuilds the model.
         world: processes; `recipe.accumulate` bags a step are shared out among them.
         task: what the slides are asked.
 
@@ -258,7 +258,7 @@ def save_epoch(
     save_checkpoint(run.best, model=best["model"], config=config, **kept)
 
 
-def load_classifier(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+def load_trained_model(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """A trained slide classifier and its checkpoint content, from the file alone."""
     content = load_checkpoint(path, "a slide classifier's checkpoint")
     if "network" not in content["config"]:

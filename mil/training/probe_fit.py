@@ -57,7 +57,7 @@ def fit_probe(
         train, val: bags of the two sets.
         recipe: class_weights and precision; a probe has no other keys of it.
         run: gets metrics.jsonl and checkpoint_best.pt.
-        config: plain dict from which `load_classifier` rebuilds the model.
+        config: plain dict from which `load_trained_model` rebuilds the model.
         world: processes; each fits the same.
         task: what the slides are asked.
     """

@@ -134,7 +134,8 @@ def read_scores(file: Path, places: Coordinates) -> dict[str, np.ndarray]:
         places: the tiles.
 
     Returns:
-        Column -> (N,) float64, NaN for an empty cell; or texts where a cell is no number.
+        Column -> (N,) float64, NaN for an empty cell; or texts where a cell is no number. Slashes
+        in the names of columns, as in those of a class HSIL/SCC, become underscores.
 
     Raises:
         UserError: not such a table, or one of other tiles.
@@ -157,7 +158,13 @@ def read_scores(file: Path, places: Coordinates) -> dict[str, np.ndarray]:
             "give the scores of these tiles"
         )
     names = [name for name in rows[0] if name not in PLACE]
-    return {name: _as_column([row[name] for row in ordered]) for name in names}
+    unusable = [name for name in names if name in (None, "", "slide", "_index")]
+    if unusable:  # None: cells beyond the header's
+        raise UserError(
+            f"{file}: expected named columns of scores, found {unusable[0]!r}; name it otherwise"
+        )
+    # a slash would be a group of HDF5, which AnnData does not read
+    return {name.replace("/", "_"): _as_column([row[name] for row in ordered]) for name in names}
 
 
 def _as_column(cells: Sequence[str]) -> np.ndarray:

@@ -127,6 +127,11 @@ def as_float(features: Tensor) -> Tensor:
 def _check_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
     """(N, D), also of (1, N, D) as some CLAM forks write."""
     plain = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+    if len(plain) == 4:
+        raise DamagedFile(
+            f"{path}: expected features (N, D), found shape {shape}, as SLPD's code stores regions "
+            "(R, D, G, G); give the bags of the tiles, build_regions makes regions of them"
+        )
     if len(plain) != 2:
         raise DamagedFile(f"{path}: expected features (N, D), found shape {shape}")
     return plain[0], plain[1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from patch_encoder.cohort.labels import read_rows
 from wsi_common.files import write_csv
 
 logger = logging.getLogger(__name__)
@@ -60,3 +61,13 @@ class Failures:
         write_csv(path, ["slide", "stage", "error"], self.rows)
         logger.error("%s: %d slides failed, listed in %s", self.stage, len(self.rows), path)
         return 1
+
+
+def find_reason(slide_id: str, folders: Iterable[Path]) -> str:
+    """What the lists in these folders say of a slide; empty: nothing."""
+    for folder in folders:
+        for file in sorted(folder.glob("failures*.csv")):
+            for _, row in read_rows(file, ("slide", "error")):
+                if row["slide"] == slide_id:
+                    return row["error"]
+    return ""

@@ -39,6 +39,17 @@ class SlidesListKeys:
 
 
 @dataclass
+class ShardKeys:
+    """Which part of a cohort this process works on."""
+
+    shard: str = key(
+        "",
+        "i/n: every n-th slide by size, for process i (from 1) of n over one cohort",
+        runtime=True,
+    )
+
+
+@dataclass
 class SelectionKeys(SlidesListKeys):
     """Which slides of a cohort are taken."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from patch_encoder.cohort.slide_files import FoundSlides
 from patch_encoder.tiles.coordinates import SlideJob
@@ -50,14 +51,17 @@ class Shard:
         return sort_largest_first(jobs)[self.index - 1 :: self.count]
 
     def divide(self, cohort: FoundSlides) -> FoundSlides:
-        """This part of a cohort without tiles yet: every count-th slide by the size of its file;
-        what is wrong with others is told by the first part.
+        """This part of a cohort without tiles yet; what is wrong with others is told by the first
+        part.
         """
-        sizes = {name: path.stat().st_size for name, path in cohort.slides.items()}
-        largest = sorted(cohort.slides, key=lambda name: (-sizes[name], name))
-        own = sorted(largest[self.index - 1 :: self.count])
-        slides = {name: cohort.slides[name] for name in own}
+        slides = self.divide_files(cohort.slides)
         return replace(cohort, slides=slides, problems=cohort.problems if self.index == 1 else {})
+
+    def divide_files(self, files: Mapping[str, Path]) -> dict[str, Path]:
+        """This part of some slides by name: every count-th one by the size of its file."""
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        largest = sorted(files, key=lambda name: (-sizes[name], name))
+        return {name: files[name] for name in sorted(largest[self.index - 1 :: self.count])}
 
 
 def count_tiles(jobs: Sequence[SlideJob]) -> int:

@@ -42,7 +42,7 @@ def write_pyramid(path: str | Path, picture: np.ndarray, mpp: float, comment: st
         path: a .tiff file.
         picture: level 0.
         mpp: micrometres a pixel of level 0.
-        comment: stored as ImageDescription, which OpenSlide shows as `openslide.comment`; ASCII.
+        comment: stored as ImageDescription, which OpenSlide shows as `openslide.comment`, in UTF-8.
     """
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary) as writer:
         for number, level in enumerate(make_levels(picture)):
@@ -57,7 +57,7 @@ def write_pyramid(path: str | Path, picture: np.ndarray, mpp: float, comment: st
                 subfiletype=1 if number else 0,
                 resolution=(per_centimetre, per_centimetre),
                 resolutionunit="CENTIMETER",
-                description=comment if number == 0 else None,
+                description=comment.encode() if number == 0 else None,
                 software=False,
                 metadata=None,
             )

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
-import torch
 
-from patch_encoder.bags.writer import BagWriter
 from patch_encoder.cohort.failures import Failures
+from patch_encoder.extraction.bag_targets import BagTarget, Writer
 from patch_encoder.extraction.tile_batches import BadTile, TileBatch
 from patch_encoder.slides.names import compute_slide_identity
 from patch_encoder.tiles.coordinates import SlideJob
-from wsi_common.checkpoint import save_tensors
 
 UNREADABLE = "unreadable_tiles"  # attribute of `features` in a bag that lacks some
 
@@ -25,7 +22,7 @@ class _Slide:
     """A slide some of whose tiles have come."""
 
     missing: int
-    writer: BagWriter | None = None
+    writer: Writer | None = None
     bad: list[BadTile] = field(default_factory=list)
     not_finite: int = 0
     given_up: str = ""
@@ -37,8 +34,7 @@ class Assembly:
     Args:
         jobs: the slides, in the order of `TileBatch.slides`.
         provenance: of each job's bag.
-        folder: gets `h5_files/`, and `pt_files/` when `pt`.
-        dtype: float16 or float32.
+        target: where the bags go.
         max_bad_tiles: largest share of a slide's tiles that may be unreadable; a slide with more of
             them fails.
         failures: gets the slides that fail.
@@ -49,17 +45,15 @@ class Assembly:
         self,
         jobs: Sequence[SlideJob],
         provenance: Sequence[Mapping[str, str]],
-        folder: Path,
+        target: BagTarget,
         failures: Failures,
         *,
-        dtype: str,
-        pt: bool,
         max_bad_tiles: float,
         late: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self.late = late
-        self.jobs, self.provenance, self.folder, self.failures = jobs, provenance, folder, failures
-        self.dtype, self.pt, self.max_bad_tiles = dtype, pt, max_bad_tiles
+        self.jobs, self.provenance, self.target, self.failures = jobs, provenance, target, failures
+        self.max_bad_tiles = max_bad_tiles
         self._slides: dict[int, _Slide] = {}
 
     def take(self, batch: TileBatch, features: np.ndarray) -> None:
@@ -90,10 +84,9 @@ class Assembly:
             _discard(slide)
         elif len(rows):
             if slide.writer is None:
-                path = self.folder / "h5_files" / f"{self.jobs[index].slide_id}.h5"
-                slide.writer = BagWriter(
-                    path, (len(self.jobs[index].coordinates.coords), rows.shape[1]), self.dtype
-                )
+                job = self.jobs[index]
+                shape = (len(job.coordinates.coords), rows.shape[1])
+                slide.writer = self.target.open(job.slide_id, shape)
             slide.writer.append(rows)
 
     def _too_many(self, index: int, slide: _Slide) -> bool:
@@ -137,10 +130,6 @@ class Assembly:
             corners = np.delete(corners, [bad.tile for bad in slide.bad], axis=0)
             provenance[UNREADABLE] = len(slide.bad)
         try:
-            if self.pt:
-                features = torch.from_numpy(slide.writer.features())
-                save_tensors(self.folder / "pt_files" / f"{job.slide_id}.pt", features)
-            # last: where it is, the slide is done
             slide.writer.finish(corners, asdict(job.coordinates.geometry), provenance)
         finally:
             _discard(slide)

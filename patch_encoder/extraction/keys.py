@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from patch_encoder.cohort.keys import CohortKeys
+from patch_encoder.cohort.keys import CohortKeys, ShardKeys
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.models.encoders import Encoder, build_encoder
@@ -88,7 +88,7 @@ class CoordsKeys:
 
 
 @dataclass
-class PassKeys(DeviceKeys, CohortKeys):
+class PassKeys(DeviceKeys, CohortKeys, ShardKeys):
     """Keys of every pass over a cohort's tiles."""
 
     output: str = key(
@@ -108,11 +108,6 @@ class PassKeys(DeviceKeys, CohortKeys):
     )
     pt: bool = key(False, "also write pt_files/<slide_id>.pt")
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
-    shard: str = key(
-        "",
-        "i/n: every n-th slide by size, for process i (from 1) of n over one cohort",
-        runtime=True,
-    )
 
     def settings(self) -> ExtractSettings:
         """What the extraction loop needs of these keys, with device and precision resolved."""

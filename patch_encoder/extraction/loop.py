@@ -22,12 +22,13 @@ import torch
 
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
-from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.failures import Failures, find_reason
 from patch_encoder.cohort.selection import Selection
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.cohort.slide_files import find_cohort
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction.bag_assembly import UNREADABLE, Assembly
+from patch_encoder.extraction.bag_targets import BagFolder, BagTarget
 from patch_encoder.extraction.network import Network, PendingFeatures, has_weights
 from patch_encoder.extraction.ray_backend import Report, work_on_ray
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
@@ -124,7 +125,14 @@ def cohort_jobs(
     jobs, without = [], dict(cohort.problems)
     for slide_id, path in cohort.slides.items():
         try:
-            coordinates = read_coordinates(tiled.get(slide_id, folder / f"{slide_id}.h5"))
+            if slide_id not in tiled:
+                reason = find_reason(slide_id, (Path(coords), folder.parent))
+                raise UserError(
+                    f"it was not tiled: {reason}"
+                    if reason
+                    else f"expected its tiles {folder / slide_id}.h5, found none; tile it first"
+                )
+            coordinates = read_coordinates(tiled[slide_id])
         except UserError as error:
             without[slide_id] = str(error)
             continue
@@ -266,18 +274,37 @@ def encode_slides(
         show: a bar, or a line every so often.
         network: the encoder's network when it is ready from an earlier call.
     """
+    with explain_full_disk(folder):
+        target = BagFolder(folder, settings.dtype, pt=settings.pt)
+        return encode_into(target, jobs, encoder, settings, show=show, network=network)
+
+
+def encode_into(
+    target: BagTarget,
+    jobs: Sequence[SlideJob],
+    encoder: Encoder,
+    settings: ExtractSettings,
+    *,
+    show: bool = True,
+    network: Network | None = None,
+) -> Report:
+    """Encode slides to bags of `target`; arguments as of `encode_slides`."""
     failures = Failures(STAGE)
     sequence = TileSequence(jobs, encoder.transform, settings.stain)
     network = network or build_network(encoder, settings)
     provenance = [bag_provenance(encoder, job.coordinates, settings) for job in jobs]
-    limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
     assembly = Assembly(
-        jobs, provenance, folder, failures, **limits, late=lambda: kernels_provenance(network)
+        jobs,
+        provenance,
+        target,
+        failures,
+        max_bad_tiles=settings.max_bad_tiles,
+        late=lambda: kernels_provenance(network),
     )
     waiting = Stopwatch()
     bar = Progress(f"{encoder.name} features", len(sequence), "tiles", enabled=show)
     batches = tile_batches(sequence, settings)
-    with explain_full_disk(folder), bar, closing(assembly), closing(batches):
+    with bar, closing(assembly), closing(batches):
         for batch, features in encoded(waiting.over(batches), network, settings.dtype):
             assembly.take(batch, features)
             bar.advance(sum(count for _, count in batch.counted))

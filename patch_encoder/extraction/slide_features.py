@@ -1,23 +1,13 @@
-"""The tiles of one slide as a feature bag in memory, by the loop that extraction runs."""
+"""The tiles of one slide as a feature bag in memory, by the function that extraction runs over a
+cohort.
+"""
 
 from __future__ import annotations
 
-from contextlib import closing
-from dataclasses import asdict, replace
-
-import numpy as np
-import torch
-
-from patch_encoder.bags.bag import Bag, make_bag
-from patch_encoder.extraction.loop import (
-    ExtractSettings,
-    bag_provenance,
-    build_network,
-    encoded,
-    tile_batches,
-)
+from patch_encoder.bags.bag import Bag
+from patch_encoder.extraction.bag_targets import BagMemory
+from patch_encoder.extraction.loop import ExtractSettings, encode_into
 from patch_encoder.extraction.network import has_weights
-from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.slides.base import Slide, SlideError
 from patch_encoder.stain.normaliser import Normaliser
@@ -52,7 +42,7 @@ def encode_tiles(
 
     Raises:
         UserError: there is no tile to encode.
-        SlideError: a tile cannot be read.
+        SlideError: a tile cannot be read, or the encoder gives NaN or infinity.
     """
     if len(coordinates.coords) == 0:
         raise UserError(
@@ -63,13 +53,8 @@ def encode_tiles(
     number = "fp32" if not has_weights(encoder.model) else pick_precision(precision, place)
     settings = ExtractSettings(place, number, batch_size, pick_workers(workers), stain=stain)
     job = SlideJob(slide.slide_id, slide.path, coordinates, slide.mpp)
-    sequence = TileSequence([job], encoder.transform, stain)
-    network, rows = build_network(encoder, settings), []
-    with closing(tile_batches(sequence, settings)) as batches:
-        for batch, features in encoded(batches, network, settings.dtype):
-            if batch.failures:
-                raise SlideError(batch.failures[0].error)
-            rows.append(torch.from_numpy(features))
-    coords = torch.from_numpy(np.asarray(coordinates.coords))
-    bag = make_bag(torch.cat(rows), coords, asdict(coordinates.geometry), slide.slide_id)
-    return replace(bag, provenance=bag_provenance(encoder, coordinates, settings))
+    memory = BagMemory()
+    report = encode_into(memory, [job], encoder, settings, show=False)
+    if report.failures:
+        raise SlideError(f"slide {slide.slide_id}: {report.failures[0]['error']}")
+    return memory.bags[slide.slide_id]

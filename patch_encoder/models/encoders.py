@@ -45,6 +45,9 @@ LAYER_WIDTHS = {
 }
 
 
+TILE_SIZE, MPP = 256, 0.5  # of tiles for an encoder of whose training nothing is known
+
+
 @dataclass(frozen=True)
 class Encoder:
     """What the extraction loop needs of an encoder.
@@ -65,6 +68,20 @@ class Encoder:
     provenance: dict[str, str]
     mpp: float | None = None
     tile: int | None = None
+
+    @property
+    def tile_size(self) -> int:
+        """Side in px of the tiles to cut for it: as in its training, or 256 where that is
+        unknown.
+        """
+        return self.tile or TILE_SIZE
+
+    @property
+    def target_mpp(self) -> float:
+        """um per px of the tiles to cut for it: as in its training, or 0.5 where that is
+        unknown.
+        """
+        return self.mpp or MPP
 
 
 class PixelEncoder(nn.Module):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from patch_encoder.models.dino_files import find_description, read_description
 from patch_encoder.models.encoder_table import Statistics
 from patch_encoder.pretraining.objective import TARGETS, Objective
 from patch_encoder.pretraining.schedules import DistillationSchedules, scale_lr
-from patch_encoder.selfdistill.backbone import describe_architecture, find_initial_row
+from patch_encoder.selfdistill.backbone import RANDOM, describe_architecture, find_initial_row
 from patch_encoder.selfdistill.student import SelfDistilled, build_student
 from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
 from patch_encoder.selfdistill.view_recipe import ViewRecipe, check_recipe
@@ -30,26 +32,29 @@ class NetworkKeys:
         "vit_small",
         "network; vit_tiny, vit_small, vit_base, vit_large, resnet18, resnet50, or timm:<model>",
     )
-    patch_size: int = key(16, "side of a ViT's patches, px; 8, 14 or 16")
-    registers: int = key(0, "extra tokens of a ViT that are no output")
+    patch_size: int = key(16, "side of a ViT's patches, px; 8, 14 or 16", least=1)
+    registers: int = key(0, "extra tokens of a ViT that are no output", least=0)
     init: str = key(
         "random",
         "weights that the backbone starts from; random, an encoder's name, or a weights file",
     )
-    drop_path: float = key(0.1, "stochastic depth of the student, at its last block")
-    out_dim: int = key(65536, "prototypes of the head, K")
-    hidden_dim: int = key(2048, "width of the head's hidden layers")
-    bottleneck_dim: int = key(256, "width of the head's bottleneck")
+    drop_path: float = key(0.1, "stochastic depth of the student, at its last block", least=0)
+    out_dim: int = key(65536, "prototypes of the head, K", least=2)
+    hidden_dim: int = key(2048, "width of the head's hidden layers", least=1)
+    bottleneck_dim: int = key(256, "width of the head's bottleneck", least=1)
     batch_norm: bool = key(False, "batch norm in the head")
     norm_last_layer: bool = key(
         True, "prototypes stay of length 1; false can score better and can diverge"
     )
 
     def find_statistics(self) -> Statistics | None:
-        """Statistics of the pixels that named weights were trained with; None: those of a file or
-        of a random start, which are the views' own.
+        """Statistics of the pixels that named weights, or those of an earlier run, were trained
+        with; None: those of another file or of a random start, which are the views' own.
         """
         row = find_initial_row(self.init)
+        if row is None and self.init != RANDOM:
+            described = find_description(Path(self.init.partition("#")[0]))
+            row = None if described is None else read_description(described)
         return None if row is None else row.statistics
 
     def describe(self, image_size: int) -> tuple[str, dict[str, Any]]:
@@ -105,7 +110,7 @@ class TileViewKeys(StreamKeys):
     shuffle: ShuffleKeys = group(ShuffleKeys, "patch shuffle")
     pyramid: PyramidKeys = group(PyramidKeys, "the view from the slide's pyramid")
     epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have", least=0)
-    batch_size: int = key(256, "items per step over all processes; tiles", least=1)
+    batch_size: int = key(256, "items per step over all processes; tiles", least=2)
     seed: int = key(42, "seed of everything that is drawn at random")
 
     def make_recipe(self) -> ViewRecipe:
@@ -144,8 +149,12 @@ class LossKeys:
         0.0, "epochs in which the teacher's temperature changes", least=0
     )
     centre_momentum: float = key(0.9, "share of the centre that a step keeps")
-    koleo: float = key(0.0, "weight of KoLeo, which pushes nearest neighbours apart; DINOv2: 0.1")
-    kde: float = key(0.0, "weight of KDE, which takes KoLeo's place in Virchow2; there 0.05")
+    koleo: float = key(
+        0.0, "weight of KoLeo, which pushes nearest neighbours apart; DINOv2: 0.1", least=0
+    )
+    kde: float = key(
+        0.0, "weight of KDE, which takes KoLeo's place in Virchow2; there 0.05", least=0
+    )
 
     @property
     def temperatures(self) -> tuple[float, float]:
@@ -168,6 +177,10 @@ class LossKeys:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"objective.{name}={value:g}: expected a value above 0")
+        if not 0 <= self.centre_momentum <= 1:
+            raise UserError(
+                f"objective.centre_momentum={self.centre_momentum:g}: expected a share, 0 to 1"
+            )
         if share < 2 and (self.koleo or self.kde):
             raise UserError(
                 "objective.koleo, objective.kde: expected at least 2 tiles per process and part, "
@@ -180,16 +193,18 @@ class OptimiserKeys:
     """The optimiser and the teacher's average; durations are in epochs."""
 
     optimizer: str = key("adamw", "optimiser", choices=("adamw", "sgd"))
-    lr: float = key(5e-4, "learning rate; of a batch of 256, it grows with the batch")
-    min_lr: float = key(1e-6, "learning rate at the end of the run")
+    lr: float = key(5e-4, "learning rate; of a batch of 256, it grows with the batch", least=0)
+    min_lr: float = key(1e-6, "learning rate at the end of the run", least=0)
     warmup: float = key(10.0, "epochs of linear warm-up of the learning rate", least=0)
-    weight_decay: float = key(0.04, "weight decay; at the beginning")
-    weight_decay_end: float = key(0.4, "weight decay at the end of the run")
-    clip_norm: float = key(3.0, "largest L2 norm of the gradients of a step; 0: any")
+    weight_decay: float = key(0.04, "weight decay; at the beginning", least=0)
+    weight_decay_end: float = key(0.4, "weight decay at the end of the run", least=0)
+    clip_norm: float = key(3.0, "largest L2 norm of the gradients of a step; 0: any", least=0)
     clip_each: bool = key(
         True, "clip the gradient of each parameter on its own, as DINO; else of all together"
     )
-    freeze_last_layer: float = key(1.0, "epochs in which the head's prototypes stay as they are")
+    freeze_last_layer: float = key(
+        1.0, "epochs in which the head's prototypes stay as they are", least=0
+    )
     teacher_momentum: float = key(
         0.996, "share of the teacher that a step keeps, at the beginning; it ends at 1"
     )

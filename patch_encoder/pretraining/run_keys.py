@@ -18,7 +18,9 @@ class RunKeys:
     objective: LossKeys = group(LossKeys, "targets and losses")
     training: OptimiserKeys = group(OptimiserKeys, "training recipe; optimiser and teacher")
     accumulate: int = key(
-        1, "parts that a step's images are computed in, one after the other, to save memory"
+        1,
+        "parts that a step's images are computed in, one after the other, to save memory",
+        least=1,
     )
     precision: str = key(
         "auto",

@@ -15,8 +15,8 @@ from torch import nn
 from patch_encoder.models.encoder_table import Statistics
 from patch_encoder.models.encoders import Encoder, PixelEncoder
 from patch_encoder.models.transforms import ToInputSize
-from patch_encoder.probing.knn import probe_features
-from patch_encoder.probing.pictures import encode_pictures
+from patch_encoder.probing.knn import probe_features, require_folds
+from patch_encoder.probing.pictures import encode_pictures, read_picture
 from patch_encoder.probing.tile_sets import TileSet, read_picture_set
 from wsi_common.config import key
 
@@ -79,9 +79,12 @@ def make_training_probe(
     """The probe that the keys ask for; None where they name no pictures.
 
     Raises:
-        UserError: a set that cannot be read, or one of places on slides.
+        UserError: a set that cannot be read or divided into folds, or one of places on slides.
     """
     if not keys.tile_set:
         return None
     tiles = read_picture_set(keys.tile_set, keys.where)
+    require_folds(tiles.targets, tiles.groups)
+    for path in tiles.pictures:  # one that is broken would end the run after its first epoch
+        read_picture(path)
     return TrainingProbe(tiles, side, statistics, device, precision)

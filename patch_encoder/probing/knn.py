@@ -100,12 +100,7 @@ def probe_features(
     """
     names, targets = np.unique(np.asarray(labels), return_inverse=True)
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
-    fewest = min(count_groups(targets, groups))
-    if fewest < folds or len(names) < 2:
-        raise UserError(
-            f"probe: expected two classes or more with at least {folds} groups each, found "
-            f"{len(names)} with {fewest}"
-        )
+    require_folds(targets, groups, folds)
     runs = []
     for number, (train, test) in enumerate(draw_folds(targets, groups, folds, seed)):
         shares = knn_probe(
@@ -113,3 +108,22 @@ def probe_features(
         )
         runs.append(TilePredictions(number, groups[test], targets[test], shares))
     return {f"knn_{name}": value for name, value in average(runs).items()}
+
+
+def require_folds(targets: np.ndarray, groups: np.ndarray, folds: int = INNER_FOLDS) -> None:
+    """Refuse a labelled set that `probe_features` cannot divide into folds.
+
+    Args:
+        targets: class of each tile, (N,).
+        groups: (N,).
+        folds: how many are wanted.
+
+    Raises:
+        UserError: one class only, or fewer groups of a class than folds.
+    """
+    counts = count_groups(targets, groups)
+    if len(counts) < 2 or min(counts) < folds:
+        raise UserError(
+            f"probe: expected two classes or more with at least {folds} groups each, found "
+            f"{len(counts)} with {min(counts)}; add pictures or leave the class out"
+        )

@@ -37,7 +37,9 @@ class RegionNetworkKeys:
     )
     out_dim: int = key(65536, "prototypes of the head; those of DINO, not of slides", least=2)
     hidden_dim: int = key(2048, "width of the head's hidden layers", least=1)
-    bottleneck_dim: int = key(256, "width of the head's bottleneck, where regions are clustered")
+    bottleneck_dim: int = key(
+        256, "width of the head's bottleneck, where regions are clustered", least=1
+    )
     norm_last_layer: bool = key(True, "prototypes of the head stay of length 1")
 
     def build(self, description: RegionEncoderDescription) -> SelfDistilled:

@@ -68,6 +68,11 @@ def build_region_encoder(run: str | Path) -> tuple[RegionViT, RegionEncoderDescr
     path = Path(run)
     file = find_region_weights(path)
     described = file.parent / DESCRIPTION
+    if path.is_dir() and not described.is_file():
+        raise UserError(
+            f"weights={path}: expected a run directory of pretrain_slpd with {DESCRIPTION}, found "
+            "none; HIPT's weights are given as their file"
+        )
     content = read_json(described, "the description of a region encoder")
     known = {field.name for field in fields(RegionEncoderDescription)}
     if not isinstance(content, dict) or not known >= content.keys() >= known - {"encoder"}:

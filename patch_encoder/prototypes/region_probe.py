@@ -107,11 +107,20 @@ def make_region_probe(keys: RegionProbeKeys, labels: str, store: RegionStore) ->
 
 
 def read_zones(path: str, store: RegionStore) -> np.ndarray:
-    """The label of each region of a store, empty text where the table has none, (M,)."""
-    table = {
-        (row["slide_id"], int(row["x"]), int(row["y"])): row["label"]
-        for _, row in read_rows(path, ("slide_id", "x", "y", "label"))
-    }
+    """The label of each region of a store, empty text where the table has none, (M,).
+
+    Raises:
+        UserError: a corner that is no whole number, or a table of none of the regions.
+    """
+    table = {}
+    for line, row in read_rows(path, ("slide_id", "x", "y", "label")):
+        try:
+            table[row["slide_id"], int(row["x"]), int(row["y"])] = row["label"]
+        except ValueError:
+            raise UserError(
+                f"{path} line {line}: expected the corner of a region in whole pixels, found "
+                f"x={row['x']!r} and y={row['y']!r}; write them as build_regions has them"
+            ) from None
     places = [
         (name, int(x), int(y))
         for number, name in enumerate(store.slides)

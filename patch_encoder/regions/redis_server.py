@@ -58,12 +58,18 @@ class RegionServer:
         from redis.backoff import ExponentialBackoff
         from redis.retry import Retry
 
-        self.client = redis.Redis.from_url(
-            self.url,
-            socket_connect_timeout=CONNECT_SECONDS,
-            socket_timeout=REPLY_SECONDS,
-            retry=Retry(ExponentialBackoff(LONGEST_WAIT, FIRST_WAIT), RETRIES),
-        )
+        try:
+            self.client = redis.Redis.from_url(
+                self.url,
+                socket_connect_timeout=CONNECT_SECONDS,
+                socket_timeout=REPLY_SECONDS,
+                retry=Retry(ExponentialBackoff(LONGEST_WAIT, FIRST_WAIT), RETRIES),
+            )
+        except ValueError as error:  # a port or a database that is no number
+            raise UserError(
+                f"redis_url={self.name}: expected redis://host:port/db or unix:///path/to/socket, "
+                f"found: {error}"
+            ) from None
         self.address: dict[str, Any] = self.client.connection_pool.connection_kwargs
 
     @property

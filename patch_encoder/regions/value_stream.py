@@ -17,7 +17,7 @@ import numpy as np
 KEYS_PER_REQUEST = 16
 AHEAD = 2  # requests that the server has not answered yet
 CONNECT_SECONDS, REPLY_SECONDS = 5.0, 30.0
-BUFFER = 1 << 16
+BUFFER = 512  # a line and a header; what is longer than it is not copied twice
 
 
 class RefusedRequest(OSError):

@@ -57,6 +57,8 @@ def build_student_backbone(
     """
     if arch not in VITS and registers:
         raise UserError(f"registers={registers}: expected a ViT, found arch={arch}; set it to 0")
+    if not 0 <= drop_path < 1:
+        raise UserError(f"drop_path={drop_path:g}: expected a share below 1, and 0 for none")
     model, options = describe_architecture(
         arch, patch_size=patch_size, registers=registers, image_size=image_size
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -68,15 +68,7 @@ def place_slide(bag: Bag) -> Coordinates | None:
     """The square around all tiles, for the slide's one row; None without coordinates."""
     if bag.coords is None or (bag.geometry is None and "patch_size" not in bag.attributes):
         return None
-    coordinates = bag.coordinates()
-    tile, corners = coordinates.geometry, coordinates.coords
-    low, high = corners.min(0), corners.max(0) + tile.patch_size_level0
-    side = int((high - low).max())
-    # target_size and target_mpp stay those of the tiles that were encoded
-    geometry = replace(
-        tile, patch_size=side, patch_size_level0=side, patch_level=0, overlap=0.0, step_level0=0
-    )
-    return Coordinates(low[None], geometry)
+    return bag.coordinates().enclosing_square()
 
 
 @cache

@@ -92,9 +92,10 @@ class TilePlan:
         for mpp, weights in zip(self.mpps or (0.0,), self._weights, strict=True):
             if not weights[-1] > 0:
                 at = f" at {mpp:g} um per px or finer" if mpp else ""
+                remedy = "mend the slides" + (", or leave this value out of mpps" if mpp else "")
                 raise UserError(
                     f"expected slides to draw tiles from, found none{at} of {len(self.sources)} "
-                    f"({len(self.dropped)} left out since they cannot be read)"
+                    f"({len(self.dropped)} left out since they cannot be read); {remedy}"
                 )
 
     @property

@@ -24,6 +24,7 @@ import numpy as np
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.reader import BadDraw, TileReader
 from patch_encoder.tile_stream.sources import digest_sources
+from patch_encoder.tile_stream.tile_cache import prepare_cache
 from patch_encoder.tile_stream.windows import StreamBatch, Window, allocate_shared, locate
 from wsi_common.distributed import gather_objects
 from wsi_common.errors import UserError
@@ -51,6 +52,7 @@ class TileStream:
 
     Raises:
         UserError: a batch that processes cannot share.
+        OSError: a cache that cannot be written.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class TileStream:
             raise UserError(
                 f"batch_size={batch_size}: expected a multiple of the {world} processes"
             )
+        if cache_dir:
+            prepare_cache(cache_dir)
         self.plan, self.batch_size, self.rank = plan, batch_size, rank
         self._share, self._workers, self._timeout = batch_size // world, workers, read_timeout
         self._options = context_factor, align

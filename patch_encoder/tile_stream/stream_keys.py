@@ -23,7 +23,7 @@ class StreamKeys(ReaderKeys, CohortKeys):
         "folder of coordinates files; empty: beside each slide, as <slide>.npy or <slide>.h5",
         path=True,
     )
-    tile_size: int = key(256, "side of a tile, px; as the training gets it")
+    tile_size: int = key(256, "side of a tile, px; as the training gets it", least=1)
     balance: str = key(
         "tiles",
         "what is equally likely to be drawn; every tile, every slide, or every sub-dataset (folder "

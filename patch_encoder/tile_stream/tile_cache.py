@@ -16,6 +16,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import cv2
 import numpy as np
@@ -101,6 +102,17 @@ class TileCache:
             parts = (fingerprint, source.coordinates.digest(), repr(settings))
             self._names[known] = sha256_bytes(*(part.encode() for part in parts))[:32]
         return self._names[known]
+
+
+def prepare_cache(folder: str) -> None:
+    """Make the folder of a cache, and write to it once: a reader that could not keep its shards
+    would count them as unreadable tiles.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=folder).close()
 
 
 def _read_shard(path: Path, tiles: int) -> list[list[Entry]] | None:

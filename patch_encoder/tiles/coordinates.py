@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,18 @@ class Coordinates:
             if field.default is not MISSING and geometry[field.name] == field.default:
                 del geometry[field.name]
         return sha256_bytes(self.coords.astype("<i8").tobytes(), repr(geometry).encode())
+
+    def enclosing_square(self) -> Coordinates:
+        """The square around all tiles, for one row of features that stands for the whole slide.
+
+        `target_size` and `target_mpp` stay those of the tiles that were encoded, by which slides of
+        one tiling are known.
+        """
+        low = self.coords.min(0)
+        side = int((self.coords.max(0) + self.geometry.patch_size_level0 - low).max())
+        sizes = {"patch_size": side, "patch_size_level0": side, "patch_level": 0}
+        geometry = replace(self.geometry, **sizes, overlap=0.0, step_level0=0)
+        return replace(self, coords=low[None], geometry=geometry)
 
 
 def write_coordinates(

@@ -27,6 +27,7 @@ from patch_encoder.tiles.coordinates import TileGeometry
 from studies.region_tables.intervals import NO_SEED, SlideScores
 from studies.region_tables.measures import MEASURES, describe_spread, measure_embeddings
 from wsi_common.device import pick_device
+from wsi_common.errors import UserError
 from wsi_common.files import read_json, write_json
 from wsi_common.provenance import can_reuse
 
@@ -132,9 +133,18 @@ def make_cell(
 def find_zones(store: RegionStore, folder: Path) -> Int[np.ndarray, " m"]:
     """The index of the zone of each region: of the cohort's zones.csv, else of the tissue maps of
     a rendered cohort, where a region is of the zone that covers most of it.
+
+    Raises:
+        UserError: a table without some of the regions, which would be taken for a zone.
     """
     if (folder / TABLE).is_file():
         named = read_zones(str(folder / TABLE), store).astype(str)
+        if (absent := np.flatnonzero(named == "")).size:
+            raise UserError(
+                f"{folder / TABLE}: expected the zone of each of {len(named)} regions, found none "
+                f"for {len(absent)}, first {store.regions.describe(int(absent[0]))}; add their "
+                "rows, or take these slides out of the cohort"
+            )
         return np.unique(named, return_inverse=True)[1]
     found = []
     for number, (slide_id, side) in enumerate(

@@ -16,6 +16,7 @@ from PIL import Image
 from detection_kd.evaluate_resolution import Config, main
 from detection_kd.evaluation.grading_metrics import METRICS, grade_metrics
 from detection_kd.grading.arms import ArmName, _name_arm, group_arms, read_runs
+from detection_kd.grading.colour_baseline import name_colour
 from detection_kd.grading.network_cost import count_gflop, count_loss_bytes, measure_costs
 from detection_kd.grading.two_speed import mix_speeds
 from detection_kd.losses.resolution_losses import ResolutionTerms
@@ -94,16 +95,26 @@ def test_runs_that_differ_in_their_seed_are_one_arm(runs: Path) -> None:
 def test_the_table_has_means_of_runs_and_costs(runs: Path, output: Path) -> None:
     rows = {name_arm(row): row for row in read_rows(output / "arms.csv")}
     arms = group_arms(read_runs(runs))
-    assert rows.keys() == arms.keys()
+    assert rows.keys() == arms.keys() | {name_colour(1), name_colour(2)}
     for arm, own in arms.items():
         for metric in METRICS:
             mean = np.mean([grade_metrics(run.graded)[metric][0] for run in own])
             assert float(rows[arm][metric]) == pytest.approx(mean)
         assert float(rows[arm]["per_second"]) > 0
-    flops = {arm: float(row["gflop"]) for arm, row in rows.items()}
+    flops = {arm: float(rows[arm]["gflop"]) for arm in arms}
     assert flops[ENLARGED] == flops[TEACHER] and flops[PLAIN] == flops[KD]
     # one network, measured once: no arm is faster by what it learned from
     assert rows[PLAIN]["per_second"] == rows[KD]["per_second"]
+
+
+def test_colour_alone_stands_beside_the_networks(output: Path) -> None:
+    """The rendered dots are larger and darker with the grade, which their histogram tells."""
+    rows = {name_arm(row): row for row in read_rows(output / "arms.csv")}
+    for ratio in (1, 2):
+        row = rows[name_colour(ratio)]
+        assert float(row["kappa_quadratic"]) > 0.8
+        assert row["runs"] == "2" and row["gflop"] == row["per_second"] == ""
+    assert "33 colour numbers" in (output / "resolution.html").read_text()
 
 
 def test_differences_are_between_runs_of_the_same_seed(runs: Path, output: Path) -> None:
@@ -155,17 +166,20 @@ def test_pictures_and_a_page_that_stands_alone(output: Path) -> None:
         assert grade in html
 
 
-def test_nothing_is_read_but_the_runs_where_no_attention_is_drawn(
+def test_nothing_is_read_but_the_runs_where_nobody_asks_for_patches(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("detection_kd.evaluate_resolution.read_test_patches", None)
-    assert evaluate(runs, tmp_path, "attention=0") == 0
+    monkeypatch.setattr("detection_kd.grading.colour_baseline.read_graded_split", None)
+    assert evaluate(runs, tmp_path, "attention=0", "colour=false") == 0
     assert not (tmp_path / "attention.png").exists()
+    assert "33 colour" not in (tmp_path / "resolution.html").read_text()
 
 
 def test_arms_without_a_teacher_at_hand_have_no_gap(runs: Path, tmp_path: Path) -> None:
     for name in ("ce", "kd"):
         shutil.copytree(runs / "seed1" / name, tmp_path / "runs" / name)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "two_speed.csv").write_text("of an earlier comparison")
     assert evaluate(tmp_path / "runs", tmp_path / "out") == 0
     row = read_rows(tmp_path / "out" / "differences.csv")[0]
     assert row["gap_closed"] == "" and row["seeds_ci_low"] == ""

@@ -14,10 +14,11 @@ from torch import nn
 from detection_kd.fields.tiling import place_tiles
 from detection_kd.grade_slide import Config, main
 from detection_kd.models.low_resolution import GradingKeys, GradingNetwork, PatchScale
-from detection_kd.whole_slides import tile_grades
+from detection_kd.whole_slides import tile_grades, tile_pass
 from detection_kd.whole_slides.grade_files import COLOURS, OPACITY, find_patterns
 from detection_kd.whole_slides.grade_map import NOTHING
 from patch_encoder.slides import open_slide
+from patch_encoder.tiles.grid import make_tile_geometry, read_tile
 from patch_encoder.tissue.geojson import read_geojson
 from patch_encoder.tissue.outlines import fill_outlines
 from tests.helpers import write_pyramid
@@ -145,11 +146,52 @@ def test_the_map_is_a_pyramid_in_the_slides_resolution(paths: dict[str, Path]) -
     assert np.ptp(tints, axis=1).max() <= 1
 
 
+def test_a_slide_may_have_any_name(paths: dict[str, Path]) -> None:
+    """The pyramid's comment has letters that ASCII has not."""
+    (paths["slides"] / "biopsy.tiff").rename(paths["slides"] / "Größe 1 µm.tiff")
+    assert grade(paths) == 0
+    with open_slide(paths["output"] / "maps" / "Größe 1 µm.tiff") as slide:
+        assert (slide.width, slide.height) == (WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize("mpp", [1.0, 0.5])
+def test_a_student_sees_means_of_the_pixels_that_its_teacher_sees(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, mpp: float
+) -> None:
+    """A slide without levels; what is finer than the teacher's view is brought to it first."""
+    pixels = np.random.default_rng(0).integers(0, 200, (HEIGHT, WIDTH, 3), np.uint8)
+    path = paths["slides"] / "biopsy.tiff"
+    write_pyramid(path, pixels, mpp, levels=(1,))
+    seen: list[np.ndarray] = []
+    original = tile_grades.grade_tiles
+
+    def spy(network: GradingNetwork, settings: object, tiles: torch.Tensor, jobs: object) -> object:
+        seen.extend(tiles.numpy())
+        return original(network, settings, tiles, jobs)
+
+    monkeypatch.setattr("detection_kd.grade_slide.grade_tiles", spy)
+    assert grade(paths) == 0
+    with open_slide(path) as slide:
+        corners = place_tiles(WIDTH, HEIGHT, round(SIDE / mpp), round(SIDE / mpp) // 2)
+        views = [read_tile(slide, make_tile_geometry(slide, SIDE, 1.0), *c) for c in corners]
+    means = np.stack(views).reshape(-1, SIDE // 4, 4, SIDE // 4, 4, 3).mean((2, 4))
+    assert np.abs(means.transpose(0, 3, 1, 2) - np.stack(seen)).max() <= 0.5
+
+
 def test_the_page_shows_every_slide_and_its_score(paths: dict[str, Path]) -> None:
     grade(paths, "title=Biopsies of today")
     html = (paths["output"] / "grades.html").read_text()
     assert "Biopsies of today" in html and html.count("data:image/jpeg") == 2
     assert "ISUP group 5" in html
+
+
+def test_a_pass_on_a_cpu_keeps_the_memory_of_its_activations(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped anew in every batch, they cost half as much again (lite0 on 16 tiles of 160 px)."""
+    asked: list[bool] = []
+    monkeypatch.setattr(tile_pass, "reuse_large_blocks", lambda: asked.append(True))
+    assert grade(paths) == 0 and asked
 
 
 @pytest.mark.parametrize("workers", [0, 2])

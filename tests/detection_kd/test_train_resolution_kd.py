@@ -236,3 +236,13 @@ def test_a_grade_without_validation_patches_does_not_stop_a_training(
     monkeypatch.setattr(train_resolution_kd, "read_graded_split", leave_out)
     line = read_epochs(train(inputs, tmp_path / "run", "epochs=1"))[0]
     assert np.isfinite([line["kappa_quadratic"], line["balanced_accuracy"]]).all()
+
+
+def test_a_training_on_a_cpu_keeps_the_memory_of_its_activations(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped anew in every step, they cost a quarter more (the demonstration's student)."""
+    asked: list[bool] = []
+    monkeypatch.setattr("detection_kd.engine.reuse_large_blocks", lambda: asked.append(True))
+    prepare_training(open_job(configure(inputs, f"output={tmp_path}/run"), ONE))
+    assert asked == [True]

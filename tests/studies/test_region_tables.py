@@ -14,6 +14,7 @@ from studies.region_tables.cells import Condition, find_zones
 from studies.region_tables.intervals import Estimate, SlideScores, average_slides, resample_row
 from studies.region_tables.measures import MEASURES, measure_embeddings
 from studies.region_tables.table import ConditionTable, judge
+from wsi_common.errors import UserError
 
 SLIDES, REGIONS, ZONES = 6, 12, 3
 
@@ -148,7 +149,7 @@ def test_zones_come_from_the_table_or_from_tissue_maps(tmp_path: Path) -> None:
     corners = np.array([[0, 0], [128, 0]])
     store = SimpleNamespace(
         slides=["S1", "S2"],
-        regions=SimpleNamespace(region_sizes=[128, 128]),
+        regions=SimpleNamespace(region_sizes=[128, 128], describe="region {}".format),
         corners=lambda number: corners,
     )
     for slide, (left, right) in {"S1": (1, 4), "S2": (4, 4)}.items():
@@ -158,3 +159,7 @@ def test_zones_come_from_the_table_or_from_tissue_maps(tmp_path: Path) -> None:
     rows = ["S1,0,0,b", "S1,128,0,a", "S2,0,0,a", "S2,128,0,b"]
     (tmp_path / "zones.csv").write_text("\n".join(["slide_id,x,y,label", *rows]) + "\n")
     assert find_zones(store, tmp_path).tolist() == [1, 0, 0, 1]  # type: ignore[arg-type]
+    for table, said in ((rows[:3], "found none for 1, first region 3"), (["S1,0,1.5,b"], "line 2")):
+        (tmp_path / "zones.csv").write_text("\n".join(["slide_id,x,y,label", *table]) + "\n")
+        with pytest.raises(UserError, match=said):
+            find_zones(store, tmp_path)  # type: ignore[arg-type]

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from tests.helpers import ROOT
+from wsi_common.cli import run
 
 SCRIPT = """
 from dataclasses import dataclass
@@ -39,6 +41,18 @@ def test_help_into_a_reader_that_stops_early_is_no_error():
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@dataclass
+class Nothing:
+    pass
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
+    file = tmp_path / "run"
+    file.touch()
+    assert run(lambda _: file.mkdir(parents=True, exist_ok=True), Nothing, []) == 2
+    assert "run: expected a place that can be read and written" in capsys.readouterr().err
 
 
 START = """
@@ -101,5 +115,22 @@ def test_a_signal_is_not_lost_in(place: str, number: int, status: int) -> None:
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(number)
+    _, errors = process.communicate(timeout=25)
+    assert process.returncode == status and errors.count("\n") == 1, errors
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_forked_process_without_a_handler_of_its_own_ends_without_a_word(
+    number: int, status: int
+) -> None:
+    fork = "def main(config):\n    import os\n    os.fork() or time.sleep(30)\n    wait()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", START.format(seconds=30, main=fork)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=25)
     assert process.returncode == status and errors.count("\n") == 1, errors

@@ -64,6 +64,33 @@ def test_a_finished_run_is_read_back_bit_for_bit(tmp_path: Path) -> None:
         assert_equal(read_weights(path, "weights")["model"], wanted["model"], str(path))
 
 
+def test_who_may_read_a_run_may_read_its_weights(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    assert (folder / WEIGHTS).stat().st_mode == (folder / DESCRIPTION).stat().st_mode
+
+
+class Trap:
+    def __reduce__(self) -> tuple:
+        return open, (str(Path("trap").resolve()), "w")
+
+
+def test_a_file_that_cannot_be_read_says_why_and_never_how_to_run_its_code(tmp_path: Path) -> None:
+    file = tmp_path / "file.pt"
+    torch.save({"a": torch.zeros(1000)}, file)
+    half = file.read_bytes()[:2000]
+    torch.save({"model": Trap()}, file)
+    for content, reason in (
+        (file.read_bytes(), "it holds io.open, which may run code"),
+        (half, "it is damaged, or no file of torch.save"),
+        (b"nothing of the kind", "it is damaged, or no file of torch.save"),
+        (b"", "it is damaged, or no file of torch.save"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(DamagedFile, match=reason) as caught:
+            read_weights(file, "weights")
+        assert "weights_only" not in str(caught.value)
+
+
 def test_an_unfinished_run_is_read_from_its_best_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoint_best.pt", model={}, config={}, epoch=2)
     assert load_checkpoint(tmp_path)["epoch"] == 2

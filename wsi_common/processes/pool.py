@@ -302,9 +302,9 @@ def _serve(function: Callable[[Any], Any], pipe: Any, slot: Any, threads: int) -
     """A worker: jobs in, results out, until it is ended."""
     global _slot
     _slot = slot
-    _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one on Ctrl-C
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    _die_with_parent()
     show_log()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection_kd.box_sets.boxed_pictures import find_picture
+from detection_kd.box_sets.boxed_pictures import PictureFolder
 from detection_kd.box_sets.voc import read_voc
 from detection_kd.convert_annotations import Config, main
 from detection_kd.datasets.coco import DetectionSet, read_coco
@@ -233,12 +234,78 @@ def test_a_set_without_boxes_is_refused(images: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "annotations.json").exists()
 
 
-def test_names_of_pictures() -> None:
-    pictures = ["x/a.png", "y/a.png", "x/b.png", "c.tif"]
-    assert find_picture(pictures, "x/a.png", "s") == "x/a.png"
-    assert find_picture(pictures, "y\\a", "s") == "y/a.png"
-    assert find_picture(pictures, "b.jpg", "s") == "x/b.png"
+def test_names_of_pictures(tmp_path: Path) -> None:
+    for name in ("x/a.png", "y/a.png", "x/b.png", "c.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    pictures = PictureFolder(tmp_path)
+    assert pictures.find("x/a.png", "s") == "x/a.png"
+    assert pictures.find("y\\a", "s") == "y/a.png"
+    assert pictures.find("b.jpg", "s") == "x/b.png"
     with pytest.raises(UserError, match="may be"):
-        find_picture(pictures, "a.png", "s")
+        pictures.find("a.png", "s")
     with pytest.raises(UserError, match="no picture 'd'"):
-        find_picture(pictures, "d", "s")
+        pictures.find("d", "s")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("layout", "files", "expected"),
+    [
+        ("voc", {"a.xml": voc_object("x", ("nan", 1, 5, 5))}, "box of finite numbers, found .nan"),
+        ("qupath", {"a.png.geojson": ("Point", [NAN, 3])}, "box of finite numbers"),
+        ("qupath", {"a.png.geojson": ("Polygon", [[]])}, "feature 0: expected a geometry"),
+        ("yolo", {"a.txt": b"0 .5 .5 .1 .1 \xff"}, "expected boxes of YOLO in UTF-8"),
+        ("yolo", {"a.txt": b"0 .5 .5 .1 .1", "names.yaml": b"- \xff"}, "names of classes in UTF-8"),
+        ("yolo", {"a.txt": b"", "names.yaml": b"names: {1: k, 2: m}"}, "of the classes 0 to 1"),
+        ("yolo", {"a.txt": b"0 .5 .5 .1 .1", "a.jpg": b""}, "found a.jpg and a.png"),
+    ],
+)
+def test_hostile_files_are_one_line(
+    layout: str,
+    files: dict[str, Any],
+    expected: str,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    boxes = tmp_path / "boxes"
+    boxes.mkdir()
+    (boxes / "names.yaml").write_text('names: {"0": cell, "1": lesion}')
+    for name, content in files.items():
+        if name == "a.jpg":
+            Image.new("RGB", (100, 50)).save(images / name)
+        elif isinstance(content, bytes):
+            (boxes / name).write_bytes(content)
+        elif layout == "voc":
+            write_voc(boxes, "a", "a.png", content)
+        else:
+            (boxes / name).write_text(json.dumps([feature(*content, "x")]))
+    words = (f"class_names={boxes}/names.yaml",) if layout == "yolo" else ()
+    assert convert(images, boxes, layout, *words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and re.search(expected, error), error
+
+
+@pytest.mark.parametrize("layout", ["voc", "yolo", "qupath"])
+def test_boxes_without_an_area_in_their_picture_are_left_out(
+    layout: str, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line, and for the layouts that can say it a box beside the picture."""
+    boxes = tmp_path / "boxes"
+    boxes.mkdir()
+    (boxes / "classes.txt").write_text("cell\n")
+    (boxes / "a.txt").write_text("0 .5 .5 0 .2\n0 .5 .5 .1 .2\n")
+    shapes = [[[5, 5], [5, 9]], [[300, 5], [400, 9]]]
+    lines = [feature("LineString", shape, "cell") for shape in shapes]
+    lines.append(feature("Polygon", [[[45, 20], [55, 20], [55, 30]]], "cell"))
+    (boxes / "a.png.geojson").write_text(json.dumps(lines))
+    objects = [(5, 5, 5, 9), (300, 5, 400, 9), (45, 20, 55, 30)]
+    write_voc(boxes, "a", "a.png", *(voc_object("cell", corners) for corners in objects))
+    words = (f"class_names={boxes}/classes.txt",) if layout == "yolo" else ()
+    assert convert(images, boxes, layout, *words) == 0
+    content = json.loads((tmp_path / "out" / "annotations.json").read_text())
+    assert [entry["bbox"] for entry in content["annotations"]] == [[45.0, 20.0, 10.0, 10.0]]
+    assert caplog.text.count("has no area inside its picture") == (1 if layout == "yolo" else 2)

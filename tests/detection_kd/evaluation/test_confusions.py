@@ -145,6 +145,7 @@ def test_results_of_any_detector_become_predictions(tmp_path: Path) -> None:
         ({"score": None}, "expected image_id"),
         ({"bbox": [1, 2, 3]}, "bbox"),
         ({"bbox": [1, 2, -3, 4]}, "bbox"),
+        ({"image_id": [5]}, "expected image_id"),
         ({"bbox": [1, 2, float("nan"), 4]}, "bbox"),
     ],
 )

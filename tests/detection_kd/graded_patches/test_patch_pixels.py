@@ -92,6 +92,17 @@ def test_places_need_slides_and_a_resolution(tmp_path: Path):
         read_labelled_tiles(table, slides=tmp_path / "slides", mpp=1.0)
 
 
+@pytest.mark.parametrize("corner", ["256,0", "0,900", "-1,0"])
+def test_places_beyond_a_slide_are_no_glass(tmp_path: Path, corner: str):
+    table = tmp_path / "places.csv"
+    table.write_text(f"slide_id,x,y,label\ns1,64,128,low\ns1,{corner},high\n")
+    write_pyramid(tmp_path / "slides" / "s1.tiff", np.zeros((256, 256, 3), np.uint8), 0.5, "test")
+    patches = read_labelled_tiles(table, slides=tmp_path / "slides", mpp=0.5)
+    x, y = corner.split(",")
+    with pytest.raises(UserError, match=f"s1.tiff: expected .*256 x 256.*found x={x}, y={y}; mend"):
+        PatchPixels(patches, 64)
+
+
 def test_pictures_that_cannot_be_used_are_named(tmp_path: Path):
     write_pictures(tmp_path, 12)
     patches = read_set(tmp_path)

@@ -4,15 +4,17 @@ checkpoint, and what is refused.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models import convnext_tiny, mobilenet_v3_small, resnet18, resnet50
 from torchvision.models.feature_extraction import create_feature_extractor
-from transformers import AutoBackbone, ResNetBackbone, ResNetConfig
+from transformers import AutoBackbone, ResNetBackbone, ResNetConfig, SwinConfig
 
+from detection_kd.engine import make_parameter_groups
 from detection_kd.models.backbone import (
     build_trunk,
     fill_pretrained,
@@ -148,12 +150,69 @@ def test_a_given_object_is_handed_over_again(tmp_path: Path) -> None:
     assert torch.equal(again.backbone(PIXELS)[2], detector.backbone(PIXELS)[2])
 
 
-def test_freezing_is_all_or_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    trunk = wrap_trunk(Pyramid(8, 16, 32))
-    trunk.freeze(2)
-    assert "freeze=2" in caplog.text and all(p.requires_grad for p in trunk.parameters())
+def tiny_swin() -> nn.Module:
+    """Its stages end with the step to the next one, and its windows are of no stride."""
+    config = SwinConfig(embed_dim=8, depths=[2, 2, 2, 2], num_heads=[1, 1, 2, 2], window_size=4)
+    config.out_features = ["stage1", "stage2", "stage3", "stage4"]
+    return AutoBackbone.from_config(config)
+
+
+def tiny_transformers_resnet() -> nn.Module:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1, 2, 1, 1])
+    config.out_features = ["stage1", "stage2", "stage3", "stage4"]
+    return AutoBackbone.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "stems", "stages"),
+    [
+        (resnet18, ["conv1", "bn1"], [f"layer{i}" for i in range(1, 5)]),
+        (resnet50, ["conv1", "bn1"], [f"layer{i}" for i in range(1, 5)]),
+        (
+            convnext_tiny,
+            ["features.0"],
+            ["features.1", "features.[23]", "features.[45]", "features.[67]"],
+        ),
+        (
+            mobilenet_v3_small,
+            ["features.0"],
+            ["features.1", "features.[23]", "features.[4-8]", "features.(9|1[0-2])"],
+        ),
+        (tiny_transformers_resnet, ["embedder"], [rf"encoder.stages.{i}" for i in range(4)]),
+        (
+            tiny_swin,
+            ["swin.embeddings|embeddings"],
+            [rf"(swin.)?encoder.layers.{i}" for i in range(4)],
+        ),
+    ],
+)
+def test_the_stage_of_every_layer_is_found_by_its_maps(make, stems, stages) -> None:
+    trunk = wrap_trunk(make())
+    expected = [*((0, stem) for stem in stems), *enumerate(stages, start=1)]
+    found = trunk.stages()
+    assert found.keys() == dict(trunk.named_parameters()).keys()
+    for name, stage in found.items():
+        known = [number for number, part in expected if re.match(rf"body\.({part})\.", name)]
+        assert known in ([stage], []), name
+        assert known or re.match(r"body\.(swin\.)?(hidden_states_norms|layernorm)", name), name
+    trunk.freeze(3)
+    frozen = {name for name, p in trunk.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, stage in found.items() if stage < 3}
+    assert frozen and len(frozen) < len(found)
     trunk.freeze(5)
     assert not any(p.requires_grad for p in trunk.parameters())
+
+
+def test_rates_and_students_know_the_stages_of_a_given_trunk() -> None:
+    detector = DeformableDETR(wrap_trunk(resnet18()), 1, SIZES)
+    groups = make_parameter_groups(detector, 1e-4, 1e-5, layer_decay=0.5)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, depth in (("layer4.0.conv1", 0), ("layer2.0.downsample.0", 2), ("conv1", 4)):
+        weight = detector.backbone.body.get_parameter(f"{name}.weight")
+        assert rates[id(weight)] == 1e-5 / 2**depth
+    student = Student(wrap_trunk(resnet18()), [1], "mpa", 6, unfreeze=1)
+    trained = {n for n, p in student.backbone.named_parameters() if p.requires_grad}
+    assert trained and all(n.startswith("body.layer3.") and "bn" not in n for n in trained)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,20 @@ def test_a_column_is_a_number_only_if_every_slide_has_one():
         encoder.encode({"y": "1"}, "slide s")
 
 
+@pytest.mark.parametrize(
+    "cells", [["12,5", "13,1"], ["50", ">90"], ["50", "inf"], ["1e3", "1,2e3"]]
+)
+def test_cells_that_are_meant_as_numbers_do_not_become_levels(cells: list[str]):
+    rows = [{"age": cell} for cell in (*cells, "")]
+    with pytest.raises(
+        UserError, match=r"covariate age: expected numbers .* add age to categories"
+    ):
+        fit_covariates(rows, rows)
+    assert len(fit_covariates(rows, rows, ["age"]).columns[0].levels) == 2
+    groups = [{"ki67": "<14"}, {"ki67": ">=14"}]  # no number among them: two levels
+    assert fit_covariates(groups, groups).columns[0].levels == ("<14", ">=14")
+
+
 def test_columns_that_say_nothing_are_left_out(caplog: pytest.LogCaptureFixture):
     rows = [{"same": "3", "x": "1"}, {"same": "3", "x": "2"}]
     encoder = fit_covariates(rows, rows)

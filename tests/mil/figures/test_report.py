@@ -18,7 +18,13 @@ from sklearn.metrics import roc_auc_score
 
 from mil.evaluation.runs import FinishedRun
 from mil.figures.by_task import draw_labels
-from mil.figures.example_slides import Choice, Group, choose_slides, make_example
+from mil.figures.example_slides import (
+    Choice,
+    ExampleSlide,
+    Group,
+    choose_slides,
+    make_example,
+)
 from mil.figures.report import MARK, mark_tiles
 from mil.report import Config, main
 from mil.tasks.classification import Classification, Predictions
@@ -26,7 +32,7 @@ from mil.tasks.cox import Cox
 from mil.tasks.multilabel import LabelPredictions, Multilabel
 from mil.tasks.records import Verdict
 from mil.tasks.survival import RiskPredictions
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.tiles.coordinates import TileGeometry
 from tests.artefacts import copy_of
@@ -281,8 +287,10 @@ def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: P
     )
     bag_file = finished / "bags" / "h5_files" / "s05.h5"
     choice = Choice("s05", 0, Verdict(0.9, "pos", "pos", "probability 0.90"))
-    example = make_example(choice, checkpoint, bag_file, finished / "slides" / "s05", None, 4)
-    model, _ = load_classifier(checkpoint, torch.device("cpu"))
+    example = make_example(
+        choice, checkpoint, [ExampleSlide("s05", bag_file, finished / "slides" / "s05")], 4
+    )
+    model, _ = load_trained_model(checkpoint, torch.device("cpu"))
     bag = read_bag(bag_file)
     with torch.no_grad():
         attention = model(bag.features).attention.numpy()

@@ -20,13 +20,13 @@ import mil.figures.example_slides as examples
 import mil.heatmaps.scores as tile_scores
 from mil.datasets.splits import Split
 from mil.evaluate import read_benchmark
-from mil.figures.example_slides import Choice, make_example
+from mil.figures.example_slides import Choice, ExampleSlide, make_example
 from mil.heatmap import Config, main
 from mil.heatmaps.cohort import load_model
 from mil.heatmaps.scores import score_bag, score_tiles_alone
 from mil.heatmaps.sources import SlidePrediction, read_from_benchmark
 from mil.tasks.records import Verdict
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from patch_encoder.bags.bag import Bag, open_bag, read_bag
 from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.bags.writer import write_bag
@@ -365,7 +365,8 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     coords = root / "cohort" / "bags" / "h5_files"
     scores = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
     choice = Choice("s03", 0, Verdict(0.9, "pos", "pos", ""))
-    make_example(choice, weights, bag, root / "cohort" / "slides" / "s03", None, 2, coords)
+    shown = [ExampleSlide("s03", bag, root / "cohort" / "slides" / "s03")]
+    make_example(choice, weights, shown, 2, coords)
     assert len(seen) == 2 and all(sample.bag.features is None for sample in seen)
     assert {sample.bag.dtype for sample in seen} == {"float16"}
     monkeypatch.setattr(tile_scores, "BLOCK", 5)
@@ -379,7 +380,7 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     with torch.inference_mode():
         tiles = torch.load(bag, weights_only=True).float()
         expected = [
-            float(load_classifier(weights, CPU)[0](tile[None], None).logits.softmax(0)[1])
+            float(load_trained_model(weights, CPU)[0](tile[None], None).logits.softmax(0)[1])
             for tile in tiles
         ]
     np.testing.assert_allclose(alone, expected, rtol=1e-5)

@@ -34,7 +34,7 @@ from mil.report import Config as ReportConfig
 from mil.report import main as report
 from mil.tasks.classification import Classification
 from mil.training.bag_record import check_bag
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.slides.tile_folder import TileFolder
@@ -141,7 +141,7 @@ def test_each_slide_is_judged_by_the_fold_that_tests_it(bench: Path):
     assert len(source.slides) == 16 and {judged.fold for judged in source.slides} == {0, 1}
     for judged in source.slides[:2] + source.slides[-2:]:
         assert judged.checkpoint.parent.name == f"seed3_fold{judged.fold}"
-        model, _ = load_classifier(judged.checkpoint, torch.device("cpu"))
+        model, _ = load_trained_model(judged.checkpoint, torch.device("cpu"))
         bag = read_bag(bench.parent / "cohort" / "bags" / "h5_files" / f"{judged.slide_id}.h5")
         with torch.inference_mode():
             expected = model(bag.features, bag.coords)
@@ -201,7 +201,7 @@ def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
         for slide in read_from_benchmark(bench, "", "mean", None).slides
         if slide.slide_id == "s01"
     )
-    model, _ = load_classifier(judged.checkpoint, torch.device("cpu"))
+    model, _ = load_trained_model(judged.checkpoint, torch.device("cpu"))
     file = bench.parent / "cohort" / "bags" / "h5_files" / "s01.h5"
     found = score_bag(
         model,
@@ -307,7 +307,7 @@ def test_bags_of_another_encoder_are_refused_however_near_their_predictions(benc
     others = copy_bags(bench, "others", 1e-6, "resnet50")
     source, near = read_from_benchmark(bench, "", "abmil", None), 0
     for judged in source.slides:
-        model, _ = load_classifier(judged.checkpoint, torch.device("cpu"))
+        model, _ = load_trained_model(judged.checkpoint, torch.device("cpu"))
         bag = read_bag(others / "h5_files" / f"{judged.slide_id}.h5")
         with torch.inference_mode():
             found = model(bag.features, bag.coords).logits.softmax(0).numpy()
@@ -563,8 +563,8 @@ def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPa
     loads = []
     monkeypatch.setattr(
         heatmap_cohort,
-        "load_classifier",
-        lambda path, device: (loads.append(path), load_classifier(path, device))[1],
+        "load_trained_model",
+        lambda path, device: (loads.append(path), load_trained_model(path, device))[1],
     )
     bag = bench.parent / "cohort" / "bags" / "h5_files"
     pending = [

@@ -19,7 +19,7 @@ from mil.losses.smooth_svm import smooth_top1_svm
 from mil.models import check_options
 from mil.models.clam import CLAM
 from mil.train import Config, main
-from mil.training.engine import load_classifier, training_loss
+from mil.training.engine import load_trained_model, training_loss
 from wsi_common.config import load_config
 from wsi_common.errors import UserError
 
@@ -212,7 +212,7 @@ def test_subtyping_goes_through_training_and_benchmark(make_cohort, tmp_path: Pa
         ]
         assert main(load_config(Config, [*shared, *more])) is None
         said[given] = (output / "predictions.csv").read_text()
-        model, content = load_classifier(output / "checkpoint_best.pt", torch.device("cpu"))
+        model, content = load_trained_model(output / "checkpoint_best.pt", torch.device("cpu"))
         assert model.subtyping is given and content["config"]["network"].get("subtyping") is given
     assert said[None] == said[False] != said[True]  # two classes
     options = json.dumps({"clam_sb": small | {"subtyping": True}})

@@ -35,7 +35,7 @@ from mil.tasks.regression import Regression
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import TASKS, fit_task, read_targets, task_from_dict
 from mil.train import Config, main
-from mil.training.engine import load_classifier, train_one_epoch
+from mil.training.engine import load_trained_model, train_one_epoch
 from mil.training.prediction import predict
 from mil.training.recipes import Recipe, check_recipe
 from patch_encoder.bags.bag import make_bag
@@ -172,7 +172,7 @@ def test_alpha_goes_through_training_and_benchmark(
         )
         assert main(config) is None
         said[name] = (tmp_path / name / "predictions.csv").read_text()
-        content = load_classifier(tmp_path / name / "checkpoint_best.pt", CPU.device)[1]
+        content = load_trained_model(tmp_path / name / "checkpoint_best.pt", CPU.device)[1]
         assert task_from_dict(content["config"]["task"]).alpha == (0.5 if name == "half" else 0.0)
     assert said["plain"] == said["zero"] != said["half"]
     grid = [

@@ -25,7 +25,7 @@ from mil.tasks.classification import METRICS
 from mil.tasks.cox import Cox
 from mil.tasks.discrete import Discrete
 from mil.train import Config, build_job, main
-from mil.training.engine import load_classifier, train_one_epoch
+from mil.training.engine import load_trained_model, train_one_epoch
 from mil.training.epochs import class_weights, is_better, is_over
 from mil.training.recipes import Recipe
 from patch_encoder.bags.bag import make_bag, read_bag
@@ -104,7 +104,9 @@ def test_every_model_trains_and_leaves_a_whole_run_directory(
         "environment.json",
     }
     assert files | {"predictions.csv"} <= {p.name for p in (tmp_path / "run").iterdir()}
-    model, content = load_classifier(tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu"))
+    model, content = load_trained_model(
+        tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu")
+    )
     assert (
         content["config"]["task"]["names"] == ["neg", "pos"]
         and content["epoch"] == results["best_epoch"]
@@ -388,7 +390,7 @@ def test_bad_fold_and_foreign_checkpoint_are_refused(make_cohort, tmp_path: Path
         build_job(load_config(Config, arguments(make_cohort(), tmp_path / "run", "fold=3")))
     torch.save({"model": {}, "config": {"other": 1}, "epoch": 1}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="expected a slide classifier's checkpoint"):
-        load_classifier(tmp_path / "x.pt", torch.device("cpu"))
+        load_trained_model(tmp_path / "x.pt", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from mil import train
 from mil.models import MODELS, build
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from mil.training.init_weights import find_heads, find_initial, load_initial, rename
 from tests.mil.models.small_options import SMALL
 from tests.patch_encoder.slide_encoders import published
@@ -152,8 +152,8 @@ def test_a_training_starts_from_a_file_and_says_so(
         assert start("second", *keys, f"init={tmp_path}/first") == 0
     assert "loaded 4 tensors" in caplog.text and "made anew: head" in caplog.text
     cpu = torch.device("cpu")
-    first, _ = load_classifier(tmp_path / "first" / "checkpoint_best.pt", cpu)
-    second, checkpoint = load_classifier(tmp_path / "second" / "checkpoint_best.pt", cpu)
+    first, _ = load_trained_model(tmp_path / "first" / "checkpoint_best.pt", cpu)
+    second, checkpoint = load_trained_model(tmp_path / "second" / "checkpoint_best.pt", cpu)
     assert checkpoint["config"]["init"] == "checkpoint_best.pt", "sharing asks for its licence"
     assert torch.equal(first.model.embed[0].weight, second.embed[0].weight)
     assert not torch.equal(first.model.head.weight, second.head.weight)

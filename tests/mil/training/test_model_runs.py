@@ -73,7 +73,7 @@ def test_a_run_directory_and_its_resumption(
     )
     assert all(torch.equal(tensor, second["model"][key]) for key, tensor in first["model"].items())
     # the best weights alone say what predictions.csv says
-    model, _ = engine.load_classifier(
+    model, _ = engine.load_trained_model(
         tmp_path / "whole" / "checkpoint_best.pt", torch.device("cpu")
     )
     with (tmp_path / "whole" / "predictions.csv").open() as stream:

@@ -23,7 +23,7 @@ from mil.tasks.discrete import Discrete
 from mil.tasks.multilabel import Multilabel
 from mil.tasks.ordinal import Ordinal
 from mil.tasks.regression import Regression
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from mil.training.probe_fit import solve
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.probing.knn import knn_probe
@@ -181,7 +181,7 @@ def test_a_probe_is_rebuilt_from_its_checkpoint_alone(
     keys = [f"features={cohort}/bags", f"model={name}", f"standardize={standardize}"]
     keys = keys_of(cohort, tmp_path / "t", *keys)
     assert run(train.main, train.Config, keys) == 0
-    model, content = load_classifier(tmp_path / "t" / "checkpoint_best.pt", torch.device("cpu"))
+    model, content = load_trained_model(tmp_path / "t" / "checkpoint_best.pt", torch.device("cpu"))
     assert content["config"]["network"]["name"] == name
     with (tmp_path / "t" / "predictions.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["split"] == "test"]

@@ -17,7 +17,7 @@ import mil.datasets.distillation_set as distillation_set
 import mil.rank_patches as rank_patches
 from mil.datasets.distillation_set import choose_patches
 from mil.rank_patches import Config, main
-from mil.training.engine import load_classifier
+from mil.training.engine import load_trained_model
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from wsi_common.cli import run as run_script
@@ -70,7 +70,7 @@ def test_choose_takes_the_highest_then_random_others():
 def test_set_holds_the_top_tiles_with_picture_and_teacher_feature(make_cohort, tmp_path: Path):
     cohort, output = make_cohort(pictures=True), tmp_path / "set"
     assert rank(cohort, output) == 0
-    model, _ = load_classifier(output / "ranker" / "checkpoint_best.pt", torch.device("cpu"))
+    model, _ = load_trained_model(output / "ranker" / "checkpoint_best.pt", torch.device("cpu"))
     annotations = json.loads((output / "ann_root" / "ann.json").read_text())
     assert annotations["annotations"] == [] and annotations["categories"] == []
     slides = train_slides(cohort)

@@ -273,3 +273,14 @@ def test_benchmark_takes_options_and_recipes_of_single_models(make_cohort, tmp_p
     ):
         with pytest.raises(UserError, match=message):
             make_settings(load_config(BenchmarkConfig, [*paths, bad]))
+
+
+def test_models_may_leave_out_classifiers_that_a_configuration_has_options_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = ["labels=.", "features=[.]", f"output={tmp_path}", "options={clam_mb: {}}"]
+    config = load_config(BenchmarkConfig, [*paths, "models=[max]", "recipes={dtfd: {epochs: 2}}"])
+    with caplog.at_level("INFO"):
+        assert list(make_settings(config)) == ["max"]
+    assert "options of clam_mb are not used" in caplog.text
+    assert "recipes of dtfd are not used" in caplog.text

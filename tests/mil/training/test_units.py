@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ from mil.tasks.classification import Classification
 from mil.tasks.multilabel import Multilabel
 from mil.tasks.ordinal import Ordinal
 from mil.tasks.regression import Regression
-from mil.training.engine import examine, load_classifier
+from mil.training.engine import examine, load_trained_model
 from mil.training.streaming import stream
 from patch_encoder.bags.bag import make_bag, open_bag, slide_grid
 from patch_encoder.bags.writer import write_bag
@@ -115,7 +117,8 @@ def test_bags_of_a_case_stay_on_disk(tmp_path: Path):
 def cohorts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`single`: a patient per slide; `several`: two slides of the first patients."""
     root = tmp_path_factory.mktemp("cohorts")
-    single, several = write_cohort(root / "single"), write_cohort(root / "several")
+    single, several = write_cohort(root / "single"), root / "several"
+    write_cohort(several, pictures=True)
     rows = read_csv(single / "labels.csv")
     for row in rows:
         row["case_id"] = row["slide_id"].replace("s", "case")
@@ -184,7 +187,7 @@ def test_pooled_slides_are_the_mean_or_the_highest_of_each_patient(cohorts: Path
 
 def test_a_case_is_trained_on_and_predicted_as_one_bag(cohorts: Path, tmp_path: Path):
     run = train_run(cohorts / "several", tmp_path / "run", "unit=case", "model=abmil")
-    model = load_classifier(run / "checkpoint_best.pt", CPU)[0]
+    model = load_trained_model(run / "checkpoint_best.pt", CPU)[0]
     records = read_csv(cohorts / "several/labels.csv")
     for row in read_csv(run / "predictions.csv"):
         names = [r["slide_id"] for r in records if r["case_id"] == row["case_id"]]
@@ -215,24 +218,89 @@ def test_slides_of_a_case_with_different_labels_are_refused(cohorts: Path, tmp_p
 
 
 def test_a_benchmark_by_case_judges_patients(cohorts: Path, tmp_path: Path):
-    output = train_benchmark(cohorts / "several", tmp_path / "bench", "unit=case")
+    output = train_benchmark(cohorts / "several", tmp_path / "bench", "unit=case", "models=[abmil]")
     summary = json.loads((output / "summary.json").read_text())
     assert summary["unit"] == "case" and summary["protocol"]["slides"] == 24
     rows = read_csv(output / "predictions.csv")
     assert len(rows) == summary["protocol"]["patients"] == len({r["slide_id"] for r in rows})
-    # heatmaps are of slides, and the report passes their examples over
+    # heatmaps are of slides
     pages = tmp_path / "pages"
     keys = [f"run={output}", f"output={pages}", "workers=0", "device=cpu", "drawing.max_side=64"]
-    keys += ["only=[s00,s02]", "drawing.geojson=false"]
+    keys += ["only=[s00,s02]", "drawing.geojson=false", "attention_maps=true"]
     assert heatmap.main(load_config(heatmap.Config, keys)) == 0
     drawn = {path.stem for path in (pages / "records").iterdir()}
-    twins = {r["slide_id"] for r in read_csv(output / "predictions.csv")} & {"case00"}
-    assert drawn == {"s00", "s02"} and twins == {"case00"}  # two slides of one patient
-    keys = [f"benchmark={output}", f"output={tmp_path / 'report'}", f"slides={tmp_path}"]
-    assert report.main(load_config(report.Config, keys)) == 0
+    assert drawn == {"s00", "s02"}  # two slides of one patient
+    check_attention_of_the_case(cohorts / "several", output, pages, "case00")
     with (output / "splits/splits_0.csv").open() as stream:  # of slides, for any unit
         ids = {cell for row in csv.DictReader(stream) for cell in row.values() if cell}
     assert ids == {f"s{i:02d}" for i in range(24)}
+    # a patient without one of the bags is listed, the others are drawn
+    copy_of_bags = tmp_path / "bags"
+    shutil.copytree(cohorts / "several/bags", copy_of_bags)
+    (copy_of_bags / "h5_files/s02.h5").unlink()
+    keys = [f"run={output}", f"output={tmp_path / 'fewer'}", "workers=0", "drawing.max_side=64"]
+    keys += ["only=[s00,s01]", f"features={copy_of_bags}", "device=cpu"]
+    assert heatmap.main(load_config(heatmap.Config, keys)) == 1
+    failed = read_csv(tmp_path / "fewer/failures.csv")
+    assert [row["slide"] for row in failed] == ["s00"]
+    assert "all 2 slides of its case" in failed[0]["error"] and "slide s02" in failed[0]["error"]
+
+
+@pytest.mark.parametrize("unit", ["case", "case_max"])
+def test_the_report_shows_a_slide_of_each_example_patient(
+    cohorts: Path, tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Of one bag the slide with the most attention, of pooled slides the one that was pooled."""
+    cohort = cohorts / "several"
+    output = train_benchmark(cohort, tmp_path / "bench", f"unit={unit}", "models=[abmil]")
+    shown = []
+    make = report.make_example
+    monkeypatch.setattr(
+        report, "make_example", lambda *args: shown.append((args, make(*args))) or shown[-1][1]
+    )
+    keys = [f"benchmark={output}", f"output={tmp_path / 'report'}", f"slides={cohort}/slides"]
+    keys += ["example_slides=99"]
+    assert report.main(load_config(report.Config, keys)) == 0
+    page = (tmp_path / "report/report.html").read_text()
+    twins = [(args, found) for args, found in shown if found.choice.slide_id == "case01"]
+    assert len(twins) == 1  # a patient with the slides s01 and s03
+    (_, checkpoint, files, *_), found = twins[0]
+    by_slide = read_csv(checkpoint.parent / "slide_predictions.csv")
+    if unit == "case":
+        assert [one.slide_id for one in files] == ["s01", "s03"] and found.together == 2
+        assert found.share > 0.5
+        assert f"slide {found.slide_id}, which has {100 * found.share:.1f} % of the" in page
+    else:
+        own = {r["slide_id"]: float(r["prob_pos"]) for r in by_slide if r["case_id"] == "case01"}
+        assert found.slide_id == max(own, key=own.get) and len(own) == 2
+        assert f"slide {found.slide_id}, of 2 slides the one whose own prediction" in page
+
+
+def check_attention_of_the_case(cohort: Path, bench: Path, pages: Path, case: str):
+    """What is drawn of each slide is its part of the attention over the joined bag."""
+    rows = [r for r in read_csv(cohort / "labels.csv") if r["case_id"] == case]
+    features = [open_bag(cohort / f"bags/h5_files/{r['slide_id']}.h5").read() for r in rows]
+    judged = next(r for r in read_csv(bench / "predictions.csv") if r["case_id"] == case)
+    run = bench / "runs" / judged["feature_set"] / judged["model"]
+    run /= f"seed{judged['seed']}_fold{judged['fold']}"
+    model = load_trained_model(run / "checkpoint_best.pt", CPU)[0]
+    with torch.inference_mode():
+        parts = model(torch.cat(features)).attention.split([len(part) for part in features])
+    assert len(parts) > 1
+    for row, part in zip(rows, parts, strict=True):
+        name = row["slide_id"]
+        record = json.loads((pages / f"records/{name}.json").read_text())
+        assert record["together"] == len(parts)
+        assert record["share"] == pytest.approx(float(part.sum()), abs=1e-6)
+        found = [float(tile["attention"]) for tile in read_csv(pages / f"scores/{name}.csv")]
+        np.testing.assert_allclose(found, part.numpy(), atol=1e-6)
+        with h5py.File(pages / f"attention/{name}.h5") as file:
+            weights = file[run.name]["weights"][:]
+        np.testing.assert_allclose(weights.mean(0), part.numpy(), atol=1e-6)
+        text = (pages / f"slides/{name}.html").read_text()
+        assert (
+            f"{100 * record['share']:.1f} % of the attention over its {len(parts)} slides" in text
+        )
 
 
 @pytest.mark.parametrize("unit", ["case", "case_max"])

@@ -84,6 +84,16 @@ def test_anndata_reads_it_and_concatenates_slides(tmp_path: Path) -> None:
     assert anndata.concat([found, found], index_unique="-").shape == (6, 5)
 
 
+def test_a_slash_in_a_column_is_no_group(tmp_path: Path) -> None:
+    make_bags(tmp_path)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "S1.csv").write_text(SCORES.replace("attention", "probability_HSIL/SCC"))
+    assert convert(tmp_path, "anndata", f"scores={tmp_path}/scores") == 0
+    with h5py.File(tmp_path / "anndata" / "S1.h5ad") as file:
+        assert file["obs/probability_HSIL_SCC"].shape == (3,)
+        assert "probability_HSIL_SCC" in file["obs"].attrs["column-order"].tolist()
+
+
 def test_the_same_scores_are_kept_and_others_refused(tmp_path: Path) -> None:
     path = write(tmp_path)
     before = path.stat().st_mtime_ns
@@ -102,6 +112,8 @@ def test_the_same_scores_are_kept_and_others_refused(tmp_path: Path) -> None:
         (SCORES + "3,0,999,0.5,a\n", "expected 3 rows"),
         ("a,b\n1,2\n", "'x'"),
         (SCORES.replace("128,0", "north,0"), "north"),
+        (SCORES.replace("class", "slide"), "expected named columns of scores, found 'slide'"),
+        (SCORES.replace("class", ""), "expected named columns of scores, found ''"),
     ],
 )
 def test_scores_of_other_tiles_are_listed(tmp_path: Path, scores: str, problem: str) -> None:

@@ -136,3 +136,11 @@ def test_malformed_tensor_files_are_one_line(tmp_path: Path, content: object) ->
     torch.save({"features": torch.ones(3, 4), "coords": "north"}, tmp_path / "b.pt")
     with pytest.raises(UserError, match="b.pt"):
         read_bag(tmp_path / "b.pt")
+
+
+def test_published_regions_are_told_from_tiles(tmp_path: Path) -> None:
+    """SLPD's code stores (R, D, G, G) features under the names of a bag."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"], file["coords"] = np.ones((2, 4, 3, 3), np.float32), CORNERS[:2]
+    with pytest.raises(DamagedFile, match="build_regions makes regions of them"):
+        read_bag(tmp_path / "a.h5")

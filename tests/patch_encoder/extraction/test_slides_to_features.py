@@ -97,6 +97,19 @@ def test_a_bad_slide_is_listed_once_by_the_part_that_has_it(mixed: Path) -> None
     text = "".join(listed)
     assert text.count("bad,tile_slides") == 1 and text.count("A,tile_slides") == 1
     assert list(bags(mixed)) == ["B", "C"]
+    # the second stage says why it has nothing to encode, not that a file cannot be opened
+    kept = [path.read_text() for path in (mixed / "features" / "mean_colour").glob("fail*.csv")]
+    assert "it was not tiled: slide" in "".join(kept) and "HDF5" not in "".join(kept)
+
+
+def test_slides_without_tiles_say_so(mixed: Path) -> None:
+    assert start(mixed) == 0
+    tiles = mixed / "features" / TILES / "coords"
+    (tiles / "A.h5").unlink()
+    keys = [f"slides={mixed}/slides", f"coords={tiles}", f"output={mixed}/more", *SETTINGS[:4]]
+    assert run(extract_features.main, extract_features.Config, keys) == 1
+    listed = (mixed / "more" / "mean_colour" / "failures.csv").read_text()
+    assert f"expected its tiles {tiles}/A.h5, found none; tile it first" in listed
 
 
 @pytest.mark.parametrize(
@@ -119,6 +132,7 @@ def test_tiles_are_those_that_the_encoder_was_trained_on(
     config = Config()
     choose_tiles(config, known)
     assert (config.tile_size, config.target_mpp) == (tile_size, mpp)
+    assert (known.tile_size, known.target_mpp) == (tile_size, mpp), "as Python has it"
     config = Config(tile_size=384, target_mpp=2.0)
     choose_tiles(config, known)
     assert (config.tile_size, config.target_mpp) == (384, 2.0), "what the user gave wins"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +18,9 @@ from PIL import Image
 from patch_encoder import pretrain_dino
 from patch_encoder.models.encoder_table import EFFICIENTNET_LITE, IMAGENET
 from patch_encoder.models.encoders import build_encoder
-from patch_encoder.pretraining.run_files import write_epoch_log
+from patch_encoder.pretraining.run_files import write_description, write_epoch_log
 from patch_encoder.pretraining.state import keep_predecessor, predecessor, read_newest
+from patch_encoder.tile_stream.reader import TileReader
 from tests.training_rows import slides_inputs
 from wsi_common.checkpoint import save_checkpoint
 from wsi_common.cli import run
@@ -135,10 +139,29 @@ def test_a_damaged_checkpoint_gives_way_to_its_predecessor(
 
 
 def test_a_preview_draws_and_trains_nothing(corpus: list[str], tmp_path: Path) -> None:
-    assert start(corpus, tmp_path / "run", "preview=3", "pyramid.factor=2") == 0
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["views.png"]
-    with Image.open(tmp_path / "run" / "views.png") as picture:
-        assert picture.width > 400
+    sizes = []
+    for count in (3, 12):  # a batch has eight tiles
+        output = tmp_path / f"{count}"
+        assert start(corpus, output, f"preview={count}", "pyramid.factor=2") == 0
+        assert [path.name for path in output.iterdir()] == ["views.png"]
+        with Image.open(output / "views.png") as picture:
+            sizes.append(picture.size)
+    assert sizes[0][0] > 400 and sizes[1][1] > 3 * sizes[0][1]
+
+
+def test_a_preview_reads_no_more_tiles_than_it_draws(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, plain = [], TileReader.read
+
+    def count(reader: TileReader, indices: Sequence[int], out: Sequence[np.ndarray]) -> Any:
+        read.extend(indices)
+        return plain(reader, indices, out)
+
+    monkeypatch.setattr(TileReader, "read", count)
+    keys = ("batch_size=512", "epoch_tiles=512", "preview=2", "workers=0")
+    assert start(corpus, tmp_path / "run", *keys) == 0
+    assert sorted(read) == [0, 1]
 
 
 def test_another_cohort_is_refused(
@@ -187,6 +210,15 @@ def test_a_slide_without_corners_is_listed_and_the_status_says_so(
         ("log_every=0", "key 'log_every': expected at least 1, found 0"),
         ("probe.every=0", "key 'probe.every': expected at least 1, found 0"),
         ("training.warmup=2", "training.warmup=2: expected fewer epochs than epochs=2"),
+        ("training.lr=-1", "key 'training.lr': expected at least 0"),
+        ("training.clip_norm=-1", "key 'training.clip_norm': expected at least 0"),
+        ("network.out_dim=1", "key 'network.out_dim': expected at least 2"),
+        ("network.patch_size=0", "key 'network.patch_size': expected at least 1"),
+        ("network.drop_path=1.5", "drop_path=1.5: expected a share below 1"),
+        ("objective.centre_momentum=2", "objective.centre_momentum=2: expected a share"),
+        ("tile_size=-3", "key 'tile_size': expected at least 1, found -3"),
+        ("batch_size=1", "key 'batch_size': expected at least 2, found 1"),
+        ("preview=33", "preview=33: expected at most 32 tiles"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(
@@ -233,6 +265,19 @@ def test_views_have_the_statistics_of_the_weights_that_training_starts_from(
     assert (recipe.mean, recipe.std) == EFFICIENTNET_LITE
 
 
+def test_a_run_that_starts_from_another_one_keeps_its_statistics(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "backbone.pt").touch()
+    sizes = (64, 32, EFFICIENTNET_LITE, 32, None)
+    write_description(tmp_path / "encoder.json", "test_vit", {}, *sizes)
+    config = load_config(pretrain_dino.Config, [*corpus, "output=."])
+    for init in (tmp_path, tmp_path / "backbone.pt"):
+        config.network.init = str(init)
+        recipe = config.make_recipe()
+        assert (recipe.mean, recipe.std) == EFFICIENTNET_LITE
+
+
 def test_a_probe_needs_pictures(
     corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +285,32 @@ def test_a_probe_needs_pictures(
     places.write_text("slide_id,x,y,label\ns0,0,0,a\ns1,0,0,b\n")
     assert start(corpus, tmp_path / "run", f"probe.tile_set={places}") == 2
     assert "expected pictures, found places on slides" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("few", "expected two classes or more with at least 5 groups each, found 2 with 4"),
+        ("broken", "7.png: expected a picture"),
+    ],
+)
+def test_pictures_that_cannot_be_probed_are_refused_before_the_training(
+    corpus: list[str],
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    said: str,
+) -> None:
+    copy = Path(shutil.copytree(pictures, tmp_path / name))
+    if name == "few":
+        for number in range(8):
+            (copy / "dark" / f"{number}.png").unlink()
+    else:
+        (copy / "light" / "7.png").write_bytes(b"no picture")
+    assert start(corpus, tmp_path / "run", f"probe.tile_set={copy}") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.process

@@ -92,6 +92,22 @@ def test_one_bad_slide_stops_no_other(tmp_path: Path) -> None:
     assert made == {"S0", "S1"}, "S2 is not in the list"
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("min_fill=1.5", "min_fill=1.5: expected a share of a region, 0 to 1"),
+        ("min_fill=1", "expected regions, found none in 3 slides: no square of 30 x 30 cells"),
+    ],
+)
+def test_a_grid_that_leaves_no_region_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: str, said: str
+) -> None:
+    write_cohort(tmp_path / "features")
+    assert build(tmp_path, "region_tiles=30", keys) == 2
+    assert said in capsys.readouterr().err
+    assert build(tmp_path, "region_tiles=3", "overwrite=true") == 0
+
+
 def test_small_slides_are_counted_and_listed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

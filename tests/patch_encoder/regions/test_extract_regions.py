@@ -14,6 +14,7 @@ import torch
 
 from mil import benchmark
 from mil.models import MODELS, build
+from mil.training.bag_record import read_tiling
 from patch_encoder import extract_regions, pretrain_slpd
 from patch_encoder.bags.bag import open_bag, slide_grid
 from patch_encoder.bags.paths import list_bags
@@ -108,6 +109,8 @@ def test_mean_is_one_row_per_slide_around_its_regions(root: Path):
         np.testing.assert_array_equal(mean.coords[0], corners.min(0))
         side = mean.coordinates().geometry.patch_size_level0
         assert side == (corners.max(0) - corners.min(0)).max() + G * STEP
+        # the tiling that mil.predict compares is that of the regions, the same for every slide
+        assert read_tiling(mean) == read_tiling(bag) == {"target_mpp": 0.5, "target_size": G * STEP}
 
 
 def test_every_slide_classifier_reads_them(root: Path):
@@ -202,6 +205,8 @@ def test_hipts_file_is_read_by_its_shapes(root: Path, capsys: pytest.CaptureFixt
     assert extract(root, f"weights={file}", "standardise=slide") == 0
     bag = open_bag(list_bags(root / "out" / "vit4k_xs")["S0"])
     assert bag.provenance["standardise"] == "slide" and bag.shape[1] == 64
+    assert extract(root, f"weights={root}/regions") == 2
+    assert "expected a run directory of pretrain_slpd" in capsys.readouterr().err
     save_tensors(file, {"weight": torch.zeros(3)})
     assert extract(root, f"weights={file}") == 2
     assert "or HIPT's vit4k_xs (with keys" in capsys.readouterr().err

@@ -179,6 +179,12 @@ def test_no_server_is_one_line(regions: RegionSet, server: Server) -> None:
     assert fallback.misses == len(ids)
 
 
+@pytest.mark.parametrize("url", ["redis://localhost:abc", "redis://localhost:6379?db=x"])
+def test_an_address_that_cannot_be_is_one_line(regions: RegionSet, url: str) -> None:
+    with pytest.raises(UserError, match="expected redis://host:port/db or unix:///path/to/socket"):
+        RedisStore(regions, url=url)
+
+
 def test_a_server_that_dies_between_batches_is_one_line(regions: RegionSet, server: Server) -> None:
     store, fallback = (
         RedisStore(regions, url=server.url, on_missing=choice) for choice in ("error", "hdf5")

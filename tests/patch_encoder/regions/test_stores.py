@@ -108,6 +108,20 @@ def test_a_selection_keeps_the_namespace_and_has_a_digest_of_its_own(tmp_path: P
     np.testing.assert_array_equal(part.corners(1), whole.corners(2))
 
 
+def test_slides_without_a_patient_are_named_and_a_foreign_table_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_cohort(tmp_path / "features")
+    assert build(tmp_path, "region_tiles=3") == 0
+    labels = tmp_path / "labels.csv"
+    labels.write_text("case_id,slide_id,label\nP7,S0,a\nP7,S2,b\nP9,elsewhere,b\n")
+    assert open_regions(tmp_path, f"labels={labels}").cases == ["P7", "S1", "P7"]
+    assert "1 of 3 slides have no row and count as patients of their own: S1" in caplog.text
+    labels.write_text("case_id,slide_id,label\nP7,TCGA-1,a\n")
+    with pytest.raises(UserError, match="such as S0, found others, such as TCGA-1"):
+        open_regions(tmp_path, f"labels={labels}")
+
+
 def test_a_store_travels_to_a_worker_without_its_files(tmp_path: Path) -> None:
     write_cohort(tmp_path / "features", slides=2)
     assert build(tmp_path, "region_tiles=3") == 0

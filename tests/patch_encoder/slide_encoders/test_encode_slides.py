@@ -253,6 +253,24 @@ def test_unknown_slides_are_listed(root: Path):
     assert "S7" in (root / "out/mean-tiny/failures.csv").read_text()
 
 
+def test_shards_share_the_slides_and_one_folder(root: Path, capsys: pytest.CaptureFixture[str]):
+    """Parts of equal bags as one process writes them; more parts than slides is nothing to do."""
+    assert encode(root, "slide_encoder=mean", f"output={root}/whole") == 0
+    (root / "list.txt").write_text("S0\nS1\nS2\nS7\n")
+    listed = f"slides_list={root}/list.txt"
+    assert encode(root, "slide_encoder=mean", "shard=1/4", listed) == 1
+    assert len(list_bags(root / "out/mean-tiny")) == 1
+    for part in (2, 3, 4):
+        assert encode(root, "slide_encoder=mean", f"shard={part}/4", listed) == 0
+    assert "S7" in (root / "out/mean-tiny/failures.1-of-4.csv").read_text()
+    for name, file in list_bags(root / "whole/mean-tiny").items():
+        assert file.read_bytes() == (root / "out/mean-tiny" / f"{name}.h5").read_bytes()
+    assert encode(root, "slide_encoder=mean") == 0  # the whole cohort: nothing failed
+    assert not list((root / "out/mean-tiny").glob("failures*"))
+    assert encode(root, "slide_encoder=mean", "shard=5/4") == 2
+    assert "shard=5/4: expected i/n" in capsys.readouterr().err
+
+
 def test_check_names_the_width_of_slpds_training(root: Path):
     make_run(root / "slpd")
     write_slide(root / "features", "S9", make_corners(4, 4, 1.0, 0), width=7)

@@ -156,6 +156,12 @@ def test_a_full_disk_is_no_bad_draw(
         read(plan_of(corpus), tmp_path / "cache", workers=workers)
 
 
+def test_a_cache_that_cannot_be_written_is_no_slide_s_fault(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(FileExistsError):
+        read(plan_of(corpus), tmp_path / "cache")
+
+
 def test_what_a_cache_cannot_do_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"jitter=0.5: expected jitter=0 with cache_dir"):
         plan_of(corpus, jitter=0.5)
