@@ -57,7 +57,7 @@ def require_class(name: str, source: str) -> int:
     if label is None:
         raise UserError(
             f"{source}: expected the class '{CLASSES[MITOSIS]}' or '{CLASSES[LOOK_ALIKE]}', "
-            f"found '{name}'; rename it or remove its rows"
+            f"found {name!r}; rename it or remove its rows"
         )
     return label
 

@@ -77,6 +77,7 @@ def test_what_is_written_is_read_back_the_same(tmp_path: Path) -> None:
         ("file,x,y\na.tiff,1,nan\n", "field a: expected finite positions"),
         ("file,x,y\n,1,2\n", "line 2: expected a file"),
         ("file,x,y,class\na.tiff,1,2,lymphocyte\n", "line 2: expected the class 'mitotic figure'"),
+        ('file,x,y,class\na.tiff,1,2,"mit\nosis"\n', r"found 'mit\\nosis'; rename it"),
         ("file,x,y,case\na.tiff,1,2,p\na.tiff,3,4,q\n", "a.tiff: expected one case, found 'p' and"),
         ("file,x,y,annotated\na.tiff,1,2,0\n", "a.tiff: expected no points where annotated is 0"),
         ("file,x,y,annotated\na.tiff,1,2,maybe\n", "expected 1 or 0 in annotated, found 'maybe'"),
