@@ -42,6 +42,7 @@ from torch import nn
 
 from benchmarks.rounds import make_parser, measure_ratios, say
 from benchmarks.stain import draw
+from detection_kd.engine import SMALL_BLOCK
 from detection_kd.fields.augmentation import PointAugmentationKeys, augment_tiles
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.stain import FieldColours, FieldStain
@@ -167,7 +168,7 @@ def train(a: argparse.Namespace) -> dict[str, float]:
         model = WeakLocaliser(LocaliserKeys(trunk="small", init="random"))
         model = model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters())
-        reuse_large_blocks()  # as a training does
+        reuse_large_blocks(SMALL_BLOCK)  # as a training does
         order = balance_epoch(tiles.labels, 0, 0, a.batch)[: a.steps * a.batch]
         keys = PointAugmentationKeys(rotation=90, elastic=8.5, stain=0.05, colour=0.1)
         device = torch.device("cpu")

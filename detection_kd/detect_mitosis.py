@@ -39,7 +39,7 @@ from detection_kd.whole_slides.mitosis_candidates import (
 from detection_kd.whole_slides.mitosis_count import count_mitoses
 from detection_kd.whole_slides.mitosis_files import document_path, read_count, write_slide_files
 from detection_kd.whole_slides.tile_pass import find_in_slides, find_unfinished
-from detection_kd.whole_slides.whole_fields import FieldKeys, FieldTiling
+from detection_kd.whole_slides.whole_fields import UNKNOWN_MPP, FieldKeys, FieldTiling
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.tiles.coordinates import SlideJob
@@ -131,11 +131,7 @@ def find_jobs(
         if job.mpp or job.coordinates.geometry.mpp:
             known.append(job)
         else:
-            failures.add(
-                job.slide_id,
-                "expected um per px, found none: without it there is no tolerance in um and no "
-                "mm2; set mpp= or the mpp column of labels or cases",
-            )
+            failures.add(job.slide_id, f"{UNKNOWN_MPP} or cases")
     return known
 
 
@@ -153,7 +149,7 @@ def write_summary(config: Config, jobs: Sequence[SlideJob]) -> None:
     page = write_page(output, done, counts, config.gallery, config.title)
     mitoses, area = sum(c.mitoses for c in counts), sum(c.area_mm2 for c in counts)
     logger.info(
-        "%s: %d mitoses in %.1f mm2 of %d slides; %s", STAGE, mitoses, area, len(counts), page
+        "%s: %d mitoses in %.2f mm2 of %d slides; %s", STAGE, mitoses, area, len(counts), page
     )
 
 

@@ -45,6 +45,9 @@ SLOW = (
     "sampling_offsets",
 )  # a tenth of the learning rate (arXiv:2010.04159, appendix A.3)
 
+SMALL_BLOCK = 2**25
+"""Bytes of a map up to which a process on a CPU keeps its memory: those of large tiles are freed."""
+
 
 def make_parameter_groups(
     model: DeformableDETR,
@@ -175,7 +178,7 @@ def start_training(
         UserError: as `place_network` says.
     """
     if world.device.type == "cpu":
-        reuse_large_blocks()  # activations; the kernel would clear them anew in every step
+        reuse_large_blocks(SMALL_BLOCK)  # activations; the kernel would clear them in every step
     model = place_network(network, world, trunk, compile=compile)
     optimizer = make_optimizer("adamw", network.parameters(), lr, weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from detection_kd.engine import SMALL_BLOCK
 from detection_kd.evaluation.hard_samples import (
     CRITERIA,
     MODES,
@@ -260,7 +261,7 @@ def main(config: Config) -> int:
         return 0
     scorers = choose_scorers(teachers, tiles)
     if world.device.type == "cpu":
-        reuse_large_blocks()  # activations; the kernel would clear them anew for every batch
+        reuse_large_blocks(SMALL_BLOCK)  # activations; the kernel would clear them in every batch
     coloured = normalise_tiles(tiles, restore_field_stain(described["stain"]))
     options = {"batch_size": config.batch_size, "workers": pick_workers(config.workers)}
     options |= {"precision": precision}

@@ -19,11 +19,11 @@ from detection_kd.evaluation.point_matching import RADIUS_UM, count_one_to_one
 from detection_kd.evaluation.point_metrics import ScoredField
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.tile_loader import make_tile_loader
+from detection_kd.mitosis_sets.checked_fields import explain_unknown_mpp
 from detection_kd.models.cam import WeakLocaliser
 from detection_kd.models.cell_grid import CellGrid
 from wsi_common.device import autocast
 from wsi_common.distributed import World, gather_objects
-from wsi_common.errors import UserError
 from wsi_common.metrics.ranking import binary_auc, counts_above
 from wsi_common.progress import progress
 
@@ -128,10 +128,7 @@ def count_hits(
 def find_mpp(tiles: FieldTiles, number: int) -> float:
     """Um per px of a field; without it there is no tolerance in um."""
     if not tiles.geometries[number].mpp:
-        raise UserError(
-            f"field {tiles.fields[number].field_id}: expected its um per px, found none in image "
-            "and annotation; set data.mpp"
-        )
+        raise explain_unknown_mpp(tiles.fields[number].field_id)
     return tiles.geometries[number].mpp
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from detection_kd.fields.open_fields import OpenFields
 from detection_kd.fields.tiling import place_tiles
-from detection_kd.mitosis_sets.checked_fields import PIXEL, move_inside
+from detection_kd.mitosis_sets.checked_fields import PIXEL, explain_unknown_mpp, move_inside
 from detection_kd.mitosis_sets.point_set import MITOSIS, PointSet
 from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.tiles.grid import make_tile_geometry, read_tile
@@ -72,7 +72,10 @@ class FieldTiles:
         self._points: list[Float[np.ndarray, "n 2"]] = []
         placed = []
         for number, field in enumerate(self.fields):
-            geometry = make_tile_geometry(self._files.get(number), side, mpp, overlap)
+            slide = self._files.get(number)
+            if mpp is not None and not slide.mpp:
+                raise explain_unknown_mpp(field.field_id)
+            geometry = make_tile_geometry(slide, side, mpp, overlap)
             size = (geometry.level0_width, geometry.level0_height)
             self.geometries.append(geometry)
             where = f"field {field.field_id}"

@@ -19,7 +19,6 @@ from detection_kd.mitosis_sets.point_set import (
     LOOK_ALIKE,
     MITOSIS,
     AnnotatedField,
-    PointSet,
     make_points,
 )
 from patch_encoder.slides.names import strip_suffix
@@ -58,7 +57,7 @@ def require_class(name: str, source: str) -> int:
     if label is None:
         raise UserError(
             f"{source}: expected the class '{CLASSES[MITOSIS]}' or '{CLASSES[LOOK_ALIKE]}', "
-            f"found '{name}'; rename it or remove its rows"
+            f"found {name!r}; rename it or remove its rows"
         )
     return label
 
@@ -194,15 +193,9 @@ def drop_repeats(
     return points[keep], labels[keep]
 
 
-def check_resolution(fields: PointSet) -> None:
-    """Make sure that distances can be measured in um.
-
-    Raises:
-        UserError: a field has no mpp.
-    """
-    missing = [field for field in fields.fields if field.mpp is None]
-    if missing:
-        raise UserError(
-            f"field {missing[0].field_id}: expected um per px, found none in set and image "
-            f"({len(missing)} of {len(fields.fields)} fields); give mpp= or an mpp column in cases="
-        )
+def explain_unknown_mpp(field_id: str) -> UserError:
+    """The error of a field whose resolution has to be known: a tolerance in um needs it."""
+    return UserError(
+        f"field {field_id}: expected its um per px, found none in image and annotation; set "
+        "data.mpp or the mpp column of data.cases"
+    )

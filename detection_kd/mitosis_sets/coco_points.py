@@ -148,6 +148,7 @@ def _read_annotation(
     """The image, the class name and the corners of an annotation, checked."""
     try:
         image, category = entry["image_id"], entry["category_id"]
+        hash((image, category))
         box = np.array(entry["bbox"], np.float64)
     except (KeyError, TypeError, ValueError):
         raise UserError(
@@ -158,7 +159,7 @@ def _read_annotation(
     if image not in listed:
         raise UserError(f"{label}: image_id {image!r} is not among the {len(listed)} images")
     if category not in names:
-        raise UserError(f"{label}: category_id {category!r} is not among {sorted(names)}")
+        raise UserError(f"{label}: category_id {category!r} is not among {list(names)}")
     if box.shape != (4,):
         raise UserError(f"{label}: expected a bbox of 4 numbers, found {entry['bbox']}")
     corners = find_corners(box)

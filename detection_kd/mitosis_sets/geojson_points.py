@@ -61,8 +61,11 @@ def read_geojson_points(
     for field_id, path in sorted(files.items()):
         document = read_json(path, "GeoJSON")
         about = document.get("field", {}) if isinstance(document, dict) else {}
-        if not isinstance(about, dict):
-            raise UserError(f"{path}: expected the member 'field' as an object, found {about!r}")
+        if not isinstance(about, dict) or not isinstance(about.get("file", ""), str):
+            raise UserError(
+                f"{path}: expected the member 'field' as an object, found {about!r:.150}; its "
+                "file is a name"
+            )
         named = make_field_id(about["file"]) if "file" in about else field_id
         if images is not None and named not in pictures:
             raise UserError(f"{path}: expected an image {named} below {images}, found none")
@@ -138,7 +141,7 @@ def _read_features(document: Any, path: Path) -> Iterator[Found]:
         try:
             for x, y in _find_middles(kind, coordinates):
                 yield float(x), float(y), label
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError, LookupError):
             raise UserError(
                 f"{where}: expected a Point, MultiPoint, Polygon or MultiPolygon with coordinates, "
                 f"found {kind}"

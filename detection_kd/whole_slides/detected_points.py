@@ -11,7 +11,7 @@ from jaxtyping import Bool
 
 from detection_kd.evaluation.midog_json import PointsInUm, read_midog_json
 from detection_kd.evaluation.point_metrics import ScoredField
-from detection_kd.mitosis_sets.checked_fields import make_field_id
+from detection_kd.mitosis_sets.checked_fields import explain_unknown_mpp, make_field_id
 from detection_kd.mitosis_sets.csv_points import read_number
 from detection_kd.mitosis_sets.point_set import AnnotatedField, PointSet
 from patch_encoder.cohort.labels import read_rows
@@ -93,10 +93,7 @@ def require_mpp(field: AnnotatedField) -> float:
         UserError: it is unknown, so that nothing lies within 7.5 um.
     """
     if not field.mpp:
-        raise UserError(
-            f"field {field.field_id}: expected its um per px, found none in image and annotation; "
-            "set data.mpp or the mpp column of data.cases"
-        )
+        raise explain_unknown_mpp(field.field_id)
     return field.mpp
 
 

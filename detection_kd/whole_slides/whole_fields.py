@@ -19,6 +19,8 @@ from patch_encoder.tiles.grid import make_tile_geometry
 from wsi_common.config import key
 from wsi_common.errors import UserError
 
+UNKNOWN_MPP = "expected um per px, found none; set mpp= or the mpp column of labels"
+
 
 @dataclass(frozen=True)
 class FieldTiling:
@@ -84,6 +86,9 @@ def find_field_jobs(
         try:
             mpp = cohort.mpps.get(slide_id) or tiling.mpps.get(slide_id) or tiling.given_mpp
             with open_slide(path, mpp) as slide:
+                if tiling.mpp and not slide.mpp:
+                    problems[slide_id] = UNKNOWN_MPP
+                    continue
                 geometry = make_tile_geometry(slide, tiling.side, tiling.mpp, tiling.overlap)
                 mpp = slide.mpp
         except UserError as error:

@@ -268,7 +268,7 @@ def test_bad_fields_fail_alone(cohort: Path) -> None:
     options = [*keys, f"labels={labels}", f"cases={cohort}/some.csv"]
     assert run(detect_mitosis.main, detect_mitosis.Config, options) == 1
     failures = {row["slide"]: row["error"] for row in read_rows(cohort / "found" / "failures.csv")}
-    assert set(failures) == {"S3", "S4", "S5"} and "um per pixel" in failures["S3"]
+    assert set(failures) == {"S3", "S4", "S5"} and "set mpp=" in failures["S3"]
     assert len(read_rows(cohort / "found" / "counts.csv")) == 2
 
 

@@ -161,6 +161,9 @@ def test_json_has_null_for_nan_and_reports_broken_files(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(UserError, match="expected a cost table as JSON"):
         read_json(tmp_path / "b.json", "a cost table")
+    (tmp_path / "d.json").write_text("[" * 10_000)
+    with pytest.raises(UserError, match="as JSON, found maximum recursion depth"):
+        read_json(tmp_path / "d.json", "a cost table")
     with pytest.raises(UserError, match="found no file"):
         read_json(tmp_path / "c.json", "a cost table")
 

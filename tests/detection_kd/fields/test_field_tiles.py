@@ -112,7 +112,7 @@ def test_points_just_beyond_the_border_stay_and_others_are_refused(tmp_path: Pat
 
 def test_a_resolution_that_is_unknown_is_asked_for(tmp_path: Path) -> None:
     field = write_field(tmp_path, "bare", draw_field(50, 35), [], mpp=None)
-    with pytest.raises(UserError, match="expected its resolution in um per pixel"):
+    with pytest.raises(UserError, match=r"field bare: expected its um per px.*data\.cases$"):
         FieldTiles(make_set(field), SIDE, 0.5)
     given = FieldTiles(make_set(replace(field, mpp=0.25)), SIDE, 0.5)
     assert given.geometries[0].patch_size_level0 == 2 * SIDE

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detection_kd.mitosis_sets.checked_fields import check_resolution
 from detection_kd.mitosis_sets.csv_points import write_csv_points
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
@@ -78,6 +77,7 @@ def test_what_is_written_is_read_back_the_same(tmp_path: Path) -> None:
         ("file,x,y\na.tiff,1,nan\n", "field a: expected finite positions"),
         ("file,x,y\n,1,2\n", "line 2: expected a file"),
         ("file,x,y,class\na.tiff,1,2,lymphocyte\n", "line 2: expected the class 'mitotic figure'"),
+        ('file,x,y,class\na.tiff,1,2,"mit\nosis"\n', r"found 'mit\\nosis'; rename it"),
         ("file,x,y,case\na.tiff,1,2,p\na.tiff,3,4,q\n", "a.tiff: expected one case, found 'p' and"),
         ("file,x,y,annotated\na.tiff,1,2,0\n", "a.tiff: expected no points where annotated is 0"),
         ("file,x,y,annotated\na.tiff,1,2,maybe\n", "expected 1 or 0 in annotated, found 'maybe'"),
@@ -111,12 +111,6 @@ def test_images_give_their_resolution_and_have_to_hold_the_points(tmp_path: Path
     write_table(table, TABLE + "c.tiff,1,2,mitosis\n")
     with pytest.raises(UserError, match="1 of 3 images are missing, first .*c.tiff; see images="):
         read_point_set(keys)
-
-
-def test_a_set_without_resolution_is_refused_where_it_is_needed(tmp_path: Path) -> None:
-    found = read_point_set(set_keys(write_table(tmp_path / "p.csv"), "csv"))
-    with pytest.raises(UserError, match=r"field a: expected um per px.*\(2 of 2 fields\)"):
-        check_resolution(found)
 
 
 def test_the_table_of_cases_adds_what_the_set_does_not_say(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ the real file holds.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,8 @@ def test_sizes_instead_of_corners_are_refused(tmp_path: Path) -> None:
     [
         ((9, 1, (0, 0, 50, 50)), "image_id 9 is not among the 3 images"),
         ((1, 9, (0, 0, 50, 50)), r"category_id 9 is not among \[1, 2\]"),
+        (([1], 1, (0, 0, 50, 50)), "expected annotations with image_id, category_id"),
+        ((1, {}, (0, 0, 50, 50)), "expected annotations with image_id, category_id"),
         ((1, 1, (0, 0, 50)), "expected a bbox of 4 numbers"),
         ((1, 1, (0, 0, float("nan"), 50)), "expected a box with an area"),
         ((1, 2, (10, 20, 60, 70)), r"expected one class per position, found both at \(35, 45\)"),
@@ -60,7 +63,7 @@ def test_sizes_instead_of_corners_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_in_a_document_is_one_line(
-    annotation: tuple[int, int, tuple[float, ...]], message: str, tmp_path: Path
+    annotation: tuple[Any, Any, tuple[float, ...]], message: str, tmp_path: Path
 ) -> None:
     boxes = [annotation] if "none" in message else [BOXES[0], annotation]
     file = write_document(tmp_path / "MIDOG.json", NAMES, boxes)

@@ -212,6 +212,7 @@ def test_positions_count_from_the_scanned_part_of_a_slide_as_in_qupath(
         (lambda f: f["properties"]["classification"].update(name="Tumor"), "found 'Tumor'"),
         (lambda f: f["geometry"].update(type="LineString"), "found LineString"),
         (lambda f: f["geometry"].update(coordinates=[1]), "with coordinates, found Point"),
+        (lambda f: f["geometry"].update(coordinates={}), "with coordinates, found Point"),
     ],
 )
 def test_what_is_wrong_in_geojson_is_one_line(
