@@ -354,8 +354,8 @@ def main(config: Config) -> int:
         logging.getLogger().setLevel(logging.WARNING)
     job = open_job(config, world)
     if job.run.results is not None:
-        kappa = job.run.results["test"]["kappa_quadratic"]
-        logger.info("%s: finished run, kappa %.3f; nothing to do", job.run.path, kappa)
+        accuracy = job.run.results["test"]["accuracy"]  # kappa need not be a number
+        logger.info("%s: finished run, accuracy %.3f; nothing to do", job.run.path, accuracy)
         return 0
     training = prepare_training(job)
     start, best = training.resume(job.run.last)

@@ -111,7 +111,7 @@ main() {
     student="$student" output="$features"
   # shellcheck disable=SC2086
   stage "encoder cost" studies.measure_encoders encoders="[$(IFS=, && echo "${encoders[*]}")]" student="$student" "${on_cohort[@]}" \
-    coords="$tiles" output="$RUN/encoder_cost.json" tiles_per_round=256 $COST
+    coords="$tiles" output="$RUN/encoder_cost.json" tiles_per_round=128 $COST
   # shellcheck disable=SC2086
   stage "mil benchmark" mil.benchmark --config "$configs/mil.yaml" labels="$cohort/labels.csv" protocol="$protocol" subset="$split_cv" \
     features="[$feature_sets]" cost="$RUN/encoder_cost.json" output="$RUN/mil" models='[mean,abmil]' $MIL

@@ -37,7 +37,9 @@ esac
 command -v redis-server >/dev/null ||
   { echo "error: expected redis-server, found none; apt-get install redis-server, or set store=hdf5" >&2; exit 2; }
 ((${#socket} < 108)) || { echo "error: FOLDER=$FOLDER: expected a path of under 90 characters" >&2; exit 2; }
-if ! answers; then
+if answers; then
+  echo "redis_server: it is running already; PORT and MAXMEMORY stay as they were" >&2
+else
   mkdir -p "$FOLDER" && chmod 700 "$FOLDER"
   redis-server --save "" --appendonly no --maxmemory-policy noeviction --maxmemory "$MAXMEMORY" \
     --port "$PORT" --bind 127.0.0.1 --unixsocket "$socket" --unixsocketperm 700 --dir "$FOLDER" \

@@ -238,7 +238,7 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_bytes(*parts: bytes) -> str:
+def sha256_bytes(*parts: bytes | memoryview) -> str:
     """Hex digest of the parts, one after the other."""
     digest = hashlib.sha256()
     for part in parts:

@@ -67,7 +67,7 @@ class PatchPixels:
 
     def digest(self) -> str:
         """Of what decides a training: side, grades, and of every patch its name, label, slide,
-        case and place, and the size of its file.
+        case and place, and its pixels; of pixels that are not in memory the size of the file.
         """
         sizes = {path: path.stat().st_size for path in {p.path for p in self.patches.patches}}
         lines = [repr((self.side, self.patches.grades, self.patches.mpp))]
@@ -75,7 +75,8 @@ class PatchPixels:
             repr((p.path.name, p.label, p.slide, p.case, p.position, sizes[p.path]))
             for p in self.patches.patches
         ]
-        return sha256_bytes("\n".join(lines).encode())
+        kept = [] if self._kept is None else [memoryview(self._kept)]
+        return sha256_bytes("\n".join(lines).encode(), *kept)
 
     def read(self, numbers: Int64[np.ndarray, " b"]) -> UInt8[Tensor, "b 3 s s"]:
         """The pixels of these patches.

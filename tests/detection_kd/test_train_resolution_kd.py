@@ -238,6 +238,30 @@ def test_a_grade_without_validation_patches_does_not_stop_a_training(
     assert np.isfinite([line["kappa_quadratic"], line["balanced_accuracy"]]).all()
 
 
+def test_a_finished_run_whose_test_patches_are_of_one_grade_says_so(
+    inputs: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """All of them called right: there is no kappa."""
+
+    def keep_one(keys: GradedSetKeys, seed: int) -> GradedSplit:
+        split = read_graded_split(keys, seed)
+        return replace(split, test=split.test.select(split.test.labels == 1))
+
+    def call_all(network: object, pixels: PatchPixels, *_: object, **__: object) -> np.ndarray:
+        return np.tile([0.2, 0.6, 0.2], (len(pixels.patches), 1))
+
+    monkeypatch.setattr(train_resolution_kd, "read_graded_split", keep_one)
+    monkeypatch.setattr(train_resolution_kd, "predict_grades", call_all)
+    run = train(inputs, tmp_path / "run", "epochs=1")
+    assert json.loads((run / "results.json").read_text())["test"]["kappa_quadratic"] is None
+    with caplog.at_level("INFO"):
+        train(inputs, tmp_path / "run", "epochs=1")
+    assert "finished run, accuracy 1.000; nothing to do" in caplog.text
+
+
 def test_a_training_on_a_cpu_keeps_the_memory_of_its_activations(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,21 @@ def test_places_need_slides_and_a_resolution(tmp_path: Path):
         read_labelled_tiles(table, slides=tmp_path / "slides", mpp=1.0)
 
 
+def test_pictures_that_were_drawn_anew_are_other_inputs(tmp_path: Path):
+    """Also where their files have the size that they had."""
+    write_pictures(tmp_path, 12)
+    for path in tmp_path.rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    patches = read_set(tmp_path)
+    before, again = (PatchPixels(patches, 6).digest() for _ in range(2))
+    path = patches.patches[0].path
+    size = path.stat().st_size
+    Image.new("RGB", (12, 12), (1, 2, 3)).save(path)
+    assert path.stat().st_size == size
+    assert before == again != PatchPixels(patches, 6).digest()
+
+
 @pytest.mark.parametrize("corner", ["256,0", "0,900", "-1,0"])
 def test_places_beyond_a_slide_are_no_glass(tmp_path: Path, corner: str):
     table = tmp_path / "places.csv"

@@ -330,6 +330,25 @@ def test_new_cases_are_predicted_as_the_training_groups_them(
         predict_with(run, new / "bags", tmp_path / "out", f"labels={labels}")
 
 
+def test_the_slides_of_a_new_case_share_its_attention(cohorts: Path, tmp_path: Path):
+    run = train_run(cohorts / "several", tmp_path / "run", "unit=case", "model=abmil")
+    new, out = write_new_cohort(tmp_path / "new", slides=12), tmp_path / "out"
+    keys = [f"labels={new}/labels.csv", "attention_maps=true", "draw_heatmaps=true", "workers=0"]
+    assert predict_with(run, new / "bags", out, *keys, "drawing.max_side=64") == 0
+    rows = read_csv(out / "predictions.csv")
+    assert any("|" in row["slides"] for row in rows)
+    for row in rows:
+        shares = []
+        for name in row["slides"].split("|"):
+            with h5py.File(out / f"attention/{name}.h5") as file:
+                weights = file[run.name]["weights"][0]
+            scores = read_csv(out / f"heatmaps/scores/{name}.csv")
+            found = [float(tile["attention"]) for tile in scores]
+            np.testing.assert_allclose(found, weights, atol=1e-6)
+            shares.append(weights.sum())
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("task", "values", "expected"),
     [

@@ -182,6 +182,7 @@ def test_the_script_starts_a_server_that_keeps_regions(
             )
         url = done.stdout.strip()
         assert url == f"unix://{folder}/redis.sock"
+        assert "it is running already" in done.stderr
         assert load(tmp_path, server, f"redis_url={url}") == 0
         settings = RegionServer(url).client.config_get("save", "appendonly", "maxmemory-policy")
         assert settings == {"save": "", "appendonly": "no", "maxmemory-policy": "noeviction"}
