@@ -46,7 +46,7 @@ SLOW = (
 )  # a tenth of the learning rate (arXiv:2010.04159, appendix A.3)
 
 SMALL_BLOCK = 2**25
-"""Bytes of a map up to which a process on a CPU keeps its memory: those of large tiles are freed."""
+"""Bytes of a map up to which a process on a CPU keeps its memory; larger ones are freed."""
 
 
 def make_parameter_groups(
