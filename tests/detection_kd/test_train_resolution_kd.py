@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from detection_kd import train_resolution_kd
+from detection_kd.engine import SMALL_BLOCK
 from detection_kd.evaluation.grading_metrics import GradedRun, grade_metrics
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.patch_loader import make_patch_loader
@@ -266,7 +267,7 @@ def test_a_training_on_a_cpu_keeps_the_memory_of_its_activations(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mapped anew in every step, they cost a quarter more (the demonstration's student)."""
-    asked: list[bool] = []
-    monkeypatch.setattr("detection_kd.engine.reuse_large_blocks", lambda: asked.append(True))
+    asked: list[int] = []
+    monkeypatch.setattr("detection_kd.engine.reuse_large_blocks", asked.append)
     prepare_training(open_job(configure(inputs, f"output={tmp_path}/run"), ONE))
-    assert asked == [True]
+    assert asked == [SMALL_BLOCK]

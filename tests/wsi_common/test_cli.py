@@ -124,7 +124,15 @@ def test_a_signal_is_not_lost_in(place: str, number: int, status: int) -> None:
 def test_a_forked_process_without_a_handler_of_its_own_ends_without_a_word(
     number: int, status: int
 ) -> None:
-    fork = "def main(config):\n    import os\n    os.fork() or time.sleep(30)\n    wait()"
+    # what comes before a new process's first line is lost, by CPython
+    fork = """def main(config):
+    import os
+    here, there = os.pipe()
+    if not os.fork():
+        os.write(there, b".")
+        time.sleep(30)
+    os.read(here, 1)
+    wait()"""
     process = subprocess.Popen(
         [sys.executable, "-c", START.format(seconds=30, main=fork)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -50,6 +50,7 @@ def record(slide: str) -> dict[str, object]:
     known = {
         "tiles": 900 + len(slide),
         "tiles_half": 30,
+        "together": 1,
         "mpp": 0.5,
         "width": 4000,
         "height": 3000,
