@@ -94,7 +94,7 @@ def read_result_rows(
         try:
             box = np.array(row["bbox"], np.float64)
             score, image, category = float(row["score"]), row["image_id"], row["category_id"]
-            hash((image, category))
+            hash((image, category))  # a list names nothing
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{where}: expected image_id, category_id, bbox of 4 numbers and score, found "

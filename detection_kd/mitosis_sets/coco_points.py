@@ -148,7 +148,7 @@ def _read_annotation(
     """The image, the class name and the corners of an annotation, checked."""
     try:
         image, category = entry["image_id"], entry["category_id"]
-        hash((image, category))
+        hash((image, category))  # a list names nothing
         box = np.array(entry["bbox"], np.float64)
     except (KeyError, TypeError, ValueError):
         raise UserError(

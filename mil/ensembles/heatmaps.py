@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mil.datasets.case_bags import CaseSlide
 from mil.datasets.covariates import Cells
 from mil.ensembles.classifier import Classifier
 from mil.ensembles.prediction_tables import PredictedSubject, read_labelled
@@ -126,20 +127,26 @@ def score_with_all(
     """
     task = classifier.task
     name = drawing.of_class or task.likeliest(np.array(judged.predictions))
-    each = []
+    slide, each = CaseSlide(judged.slide_id, inputs.bag, inputs.coords), []
     for member in classifier.members:
         encoded = member.encode(covariates.get(judged.slide_id))
         wanted = (drawing.value, name, classifier.device, encoded)
-        files = (inputs.bag, inputs.coords)
-        each.append(score_bag(member.model, member.task, *files, *wanted, inputs.case))
+        each.append(score_bag(member.model, member.task, slide, *wanted, inputs.case))
     attention = np.mean([scores.attention for scores in each], axis=0)
     alone = None
     pairs = list(zip(classifier.members, each, strict=True))
     if all(scores.alone is not None for scores in each):
         scaled = [m.task.to_common_scale(s.alone, m.carried) for m, s in pairs]
         alone = np.mean(scaled, axis=0)
-    slide = np.mean([m.task.to_common_scale(s.slide, m.carried) for m, s in pairs], axis=0)
+    predicted = np.mean([m.task.to_common_scale(s.slide, m.carried) for m, s in pairs], axis=0)
     shown = each[0].shown if alone is not None else "attention"
-    whole = np.mean([s.whole for s in each], axis=0) if inputs.case else None
-    numbers = (attention, alone, shown, each[0].class_name, slide, whole, each[0].together)
-    return TileScores(each[0].coordinates, *numbers)
+    return TileScores(
+        each[0].coordinates,
+        attention,
+        alone,
+        shown,
+        each[0].class_name,
+        slide=predicted,
+        whole=np.mean([s.whole for s in each], axis=0) if inputs.case else None,
+        together=each[0].together,
+    )

@@ -88,8 +88,7 @@ def compute_percentile_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarra
 def score_bag(
     model: nn.Module,
     task: Task,
-    bag_file: Path,
-    coords_file: Path | None,
+    slide: CaseSlide,
     value: str,
     class_name: str,
     device: torch.device,
@@ -102,8 +101,7 @@ def score_bag(
     Args:
         model: a trained classifier on the device.
         task: what it was trained for.
-        bag_file: the slide's bag.
-        coords_file: where its tiles lie, for a bag that does not say.
+        slide: the slide, its bag, and where its tiles lie, for a bag that does not say.
         value: one of VALUES; auto takes attention unless it is the same for every tile (Mean-MIL).
         class_name: class, label or grade of a probability; empty: the second of two classes, else
             the likeliest one.
@@ -114,28 +112,35 @@ def score_bag(
     Raises:
         UserError: unreadable bag, no coords or geometry, features or scores that are not finite.
     """
-    own = next((one for one in case if one.bag == bag_file), None)
-    seen = open_in_case(own or CaseSlide(bag_file.stem, bag_file, coords_file), case)
+    seen = open_in_case(slide, case)
     coordinates = seen.own.coordinates()
     seen.check_finite()
-    sample = Sample(bag_file.stem, seen.own, 0, covariates=covariates)
+    sample = Sample(slide.slide_id, seen.own, 0, covariates=covariates)
     output = examine(model, replace(sample, bag=seen.whole), device)
     attention = output.attention.double().numpy()
-    slide = task.predict(output.logits.double()[None])[0].numpy()
-    if not (np.isfinite(attention).all() and np.isfinite(slide).all()):
+    predicted = task.predict(output.logits.double()[None])[0].numpy()
+    if not (np.isfinite(attention).all() and np.isfinite(predicted).all()):
         raise UserError(
-            f"{bag_file}: expected finite attention and logits, found others; check the bag's "
+            f"{slide.bag}: expected finite attention and logits, found others; check the bag's "
             "encoder"
         )
-    shown, name, alone = value, class_name or task.likeliest(slide), None
+    shown, name, alone = value, class_name or task.likeliest(predicted), None
     if value == "auto":
         uniform = len(attention) > 1 and np.ptp(attention) < 1e-9 / len(attention)
         shown = task.alone if uniform else "attention"
     if shown != "attention":
         column = task.names.index(name) if task.names else 0
         alone = score_tiles_alone(model, task, sample, device)[:, column]
-    numbers = (attention[seen.rows], alone, shown, name, slide, attention if case else None)
-    return TileScores(coordinates, *numbers, len(seen.parts))
+    return TileScores(
+        coordinates,
+        attention[seen.rows],
+        alone,
+        shown,
+        name,
+        slide=predicted,
+        whole=attention if case else None,
+        together=len(seen.parts),
+    )
 
 
 @torch.inference_mode()

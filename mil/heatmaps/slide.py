@@ -86,9 +86,10 @@ def score_slide(
     for slide_id, bag in seen.parts.items():
         check_bag(slide_id, bag, config)
     weights = next(model.parameters(), torch.empty(0))
-    files, wanted = (inputs.bag, inputs.coords), (drawing.value, drawing.of_class)
+    slide = CaseSlide(judged.slide_id, inputs.bag, inputs.coords)
+    wanted = (drawing.value, drawing.of_class, weights.device)
     covariates = encode_stored(config, judged.checkpoint, judged.slide_id)
-    scores = score_bag(model, task, *files, *wanted, weights.device, covariates, inputs.case)
+    scores = score_bag(model, task, slide, *wanted, covariates, inputs.case)
     _check_prediction(judged, scores, task, config["precision"])
     return scores
 

@@ -18,6 +18,7 @@ import torch
 import mil.benchmark as benchmark
 import mil.figures.example_slides as examples
 import mil.heatmaps.scores as tile_scores
+from mil.datasets.case_bags import CaseSlide
 from mil.datasets.splits import Split
 from mil.evaluate import read_benchmark
 from mil.figures.example_slides import Choice, ExampleSlide, make_example
@@ -160,6 +161,67 @@ def test_the_call_is_that_of_most_runs() -> None:
 
 
 TASKS = {"multilabel": "a", "ordinal": "2", "cox": "", "discrete": "", "regression": ""}
+NUMBERS = {"cox": "risk", "discrete": "risk", "regression": "predicted"}  # columns of predictions
+VALUES = {"cox": "risk", "discrete": "risk", "regression": "value"}  # else a probability
+CHARTS = {
+    "multilabel": "ROC by label",
+    "ordinal": "Confusion",
+    "regression": "Predicted against true",
+}
+
+
+def train_task(kind: str, folder: Path) -> tuple[Path, Path]:
+    """A cohort with the labels of a task, and a benchmark of two folds."""
+    cohort, extra = rewrite(write_cohort(folder / "cohort", slides=32, signal=2.0), kind), []
+    if kind == "discrete":  # wants different times, one per patient
+        lines = (cohort / "labels.csv").read_text().splitlines()
+        later = [re.sub(r"^case(\d+),(s\d+),(1|9),", r"case\1,\2,\3\1,", line) for line in lines]
+        (cohort / "labels.csv").write_text("\n".join(later) + "\n")
+        extra.append("intervals=2")
+    if kind in ("cox", "discrete"):
+        extra.append("val_fraction=0.4")  # enough patients to compare
+    keys = (f"task={kind}", "folds=2", "seeds=[1]", "training.accumulate=4", *extra)
+    return cohort, train(cohort, folder / "bench", *keys)
+
+
+def check_records(kind: str, bench: Path, heat: Path, slides: tuple[str, ...]) -> None:
+    """Slides show their attention beside what was predicted of them."""
+    rows = table(bench / "predictions.csv")
+    columns = [NUMBERS[kind]] if kind in NUMBERS else [k for k in rows[0] if k.startswith("prob_")]
+    shown = [row for row in rows if row["slide_id"] in slides]
+    assert {row["slide_id"] for row in shown} == set(slides)
+    for row in shown:
+        record = json.loads((heat / "records" / f"{row['slide_id']}.json").read_text())
+        assert record["shown"] == "attention"
+        expected = [float(row[key]) for key in columns]
+        found = list(record["predictions"].values())
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_index(kind: str, bench: Path, heat: Path) -> None:
+    """The overview has the words, the chart and the metric of its task."""
+    page = (heat / "index.html").read_text()
+    assert page.count("<tr data-slide") == 32
+    assert ("higher than" in page) == (kind in ("cox", "discrete"))
+    assert (">p(" in page) == (kind not in NUMBERS)
+    assert (">error<" in page) == (kind == "regression")
+    (chart,) = re.findall(r'<figure.*?alt="(.*?)"', page)
+    assert chart == CHARTS.get(kind, "Survival of the risk halves")
+    metric = json.loads((bench / "summary.json").read_text())["metric"]
+    found = json.loads((heat / "summary.json").read_text())["metrics"][metric]
+    means = [float(row[metric]) for row in table(bench / "results.csv")]
+    assert found is None if np.isnan(np.mean(means)) else found == pytest.approx(np.mean(means))
+
+
+def predict_alone(bench: Path, bag: Path, name: str) -> np.ndarray:
+    """What the model that tests slide s01 says of each of its tiles alone."""
+    slides = read_from_benchmark(bench, "", "", None).slides
+    judged = next(slide for slide in slides if slide.slide_id == "s01")
+    model, task, _ = load_model(judged.checkpoint, CPU)
+    with torch.inference_mode():
+        logits = [model(tile[None], None).logits for tile in read_bag(bag).features]
+    found = task.predict(torch.stack(logits).double())
+    return found[:, task.names.index(name) if name else 0].numpy()
 
 
 @pytest.mark.process
@@ -167,94 +229,27 @@ TASKS = {"multilabel": "a", "ordinal": "2", "cox": "", "discrete": "", "regressi
 def test_every_task_has_attention_a_score_and_tiles_of_their_own(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    cohort, name = (
-        rewrite(write_cohort(tmp_path / "cohort", slides=32, signal=2.0), kind),
-        TASKS[kind],
-    )
-    if kind == "discrete":  # wants different times, one per patient
-        lines = (cohort / "labels.csv").read_text().splitlines()
-        later = [re.sub(r"^case(\d+),(s\d+),(1|9),", r"case\1,\2,\3\1,", line) for line in lines]
-        (cohort / "labels.csv").write_text("\n".join(later) + "\n")
-    extra = ["intervals=2"] if kind == "discrete" else []
-    if kind in ("cox", "discrete"):
-        extra.append("val_fraction=0.4")  # enough patients to compare
-    bench = train(
-        cohort,
-        tmp_path / "bench",
-        f"task={kind}",
-        "folds=2",
-        "seeds=[1]",
-        "training.accumulate=4",
-        *extra,
-    )
-    survival = kind in ("cox", "discrete")
-    number = {"cox": "risk", "discrete": "risk", "regression": "predicted"}.get(kind)
-    value = {"cox": "risk", "discrete": "risk", "regression": "value"}.get(kind, "probability")
+    cohort, bench = train_task(kind, tmp_path)
     assert draw(bench, "heat", "only=[s00,s01,s20]") == 0
-    columns = (
-        [number]
-        if number
-        else [key for key in table(bench / "predictions.csv")[0] if key.startswith("prob_")]
-    )
-    for row in table(bench / "predictions.csv"):
-        if row["slide_id"] not in ("s00", "s01", "s20"):
-            continue
-        record = json.loads((tmp_path / "heat" / "records" / f"{row['slide_id']}.json").read_text())
-        assert record["shown"] == "attention"
-        np.testing.assert_allclose(
-            list(record["predictions"].values()),
-            [float(row[key]) for key in columns],
-            rtol=1e-5,
-            atol=1e-5,
-        )
-    page = (tmp_path / "heat" / "index.html").read_text()
-    assert (
-        page.count("<tr data-slide") == 32
-        and ("higher than" in page) == survival
-        and (">p(" in page) == (number is None)
-        and (">error<" in page) == (kind == "regression")
-    )
-    (chart,) = re.findall(r'<figure.*?alt="(.*?)"', page)
-    charts = {"multilabel": "ROC by label", "ordinal": "Confusion"}
-    charts["regression"] = "Predicted against true"
-    assert chart == charts.get(kind, "Survival of the risk halves")
-    metric = json.loads((bench / "summary.json").read_text())["metric"]
-    found = json.loads((tmp_path / "heat" / "summary.json").read_text())["metrics"][metric]
-    means = [float(row[metric]) for row in table(bench / "results.csv")]
-    assert found is None if np.isnan(np.mean(means)) else found == pytest.approx(np.mean(means))
+    check_records(kind, bench, tmp_path / "heat", ("s00", "s01", "s20"))
+    check_index(kind, bench, tmp_path / "heat")
 
-    given = [
-        f"drawing.value={value}",
-        "only=[s01]",
-        *([f"drawing.of_class={name}"] if name else []),
-    ]
-    assert draw(bench, "alone", *given) == 0
-    judged = next(
-        slide
-        for slide in read_from_benchmark(bench, "", "", None).slides
-        if slide.slide_id == "s01"
-    )
-    (model, task, _), features = (
-        load_model(judged.checkpoint, CPU),
-        read_bag(cohort / "bags" / "h5_files" / "s01.h5").features,
-    )
-    with torch.inference_mode():
-        logits = torch.stack([model(tile[None], None).logits for tile in features]).double()
-    expected = task.predict(logits)[:, task.names.index(name) if name else 0].numpy()
+    name, value = TASKS[kind], VALUES.get(kind, "probability")
+    of_class = [f"drawing.of_class={name}"] if name else []
+    assert draw(bench, "alone", f"drawing.value={value}", "only=[s01]", *of_class) == 0
+    expected = predict_alone(bench, cohort / "bags" / "h5_files" / "s01.h5", name)
     column = value + (f"_{name}" if name else "")
     values = [float(row[column]) for row in table(tmp_path / "alone" / "scores" / "s01.csv")]
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-5)
     record = json.loads((tmp_path / "alone" / "records" / "s01.json").read_text())
     assert (record["shown"], record["class_name"]) == (value, name) and np.ptp(expected) > 0
 
-    wrong = "probability" if number else "risk"
+    wrong = "probability" if kind in NUMBERS else "risk"
     for argument in (f"drawing.value={wrong}", "drawing.of_class=nobody"):
         capsys.readouterr()
         assert draw(bench, "none", argument) == 2
-        assert (
-            argument.partition(".")[2] in capsys.readouterr().err
-            and not (tmp_path / "none").exists()
-        )
+        assert argument.partition(".")[2] in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +358,8 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
         )
     (model, task, _), bag = load_model(weights, CPU), root / "only" / "pt_files" / "s03.pt"
     coords = root / "cohort" / "bags" / "h5_files"
-    scores = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
+    slide = CaseSlide("s03", bag, coords / "s03.h5")
+    scores = score_bag(model, task, slide, "probability", "pos", CPU)
     choice = Choice("s03", 0, Verdict(0.9, "pos", "pos", ""))
     shown = [ExampleSlide("s03", bag, root / "cohort" / "slides" / "s03")]
     make_example(choice, weights, shown, 2, coords)
@@ -374,7 +370,7 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     alone = score_tiles_alone(model, task, seen[0], CPU)[:, 1]
     np.testing.assert_allclose(alone, scores.values, rtol=1e-6)
     monkeypatch.setattr("mil.training.prediction.WHOLE_BYTES", 0)  # every bag is a very large one
-    streamed = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
+    streamed = score_bag(model, task, slide, "probability", "pos", CPU)
     np.testing.assert_allclose(streamed.attention, scores.attention, rtol=1e-5)
     np.testing.assert_allclose(streamed.slide, scores.slide, rtol=1e-5)
     with torch.inference_mode():

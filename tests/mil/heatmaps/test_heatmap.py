@@ -23,6 +23,7 @@ from PIL import Image
 import mil.benchmark as benchmark
 import mil.train as training
 from mil import evaluate
+from mil.datasets.case_bags import CaseSlide
 from mil.heatmap import Config, main
 from mil.heatmaps import cohort as heatmap_cohort
 from mil.heatmaps.cohort import FoldScorer, Scored, draw_one
@@ -206,8 +207,7 @@ def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
     found = score_bag(
         model,
         Classification(("neg", "pos")),
-        file,
-        None,
+        CaseSlide("s01", file),
         "probability",
         "neg",
         torch.device("cpu"),
