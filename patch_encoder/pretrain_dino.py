@@ -57,7 +57,7 @@ from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import Views, make_views
 from patch_encoder.tile_stream.sources import digest_sources
 from patch_encoder.tile_stream.stream import StreamBatch, TileStream
-from wsi_common.cli import launch
+from wsi_common.cli import PostponedTermination, launch
 from wsi_common.config import group, key, to_dict
 from wsi_common.device import pick_precision
 from wsi_common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
@@ -99,6 +99,7 @@ class PretrainingRun:
     Attributes:
         steps: per epoch.
         saved: when the last checkpoint was written (time.monotonic).
+        termination: SIGTERM, which waits for a checkpoint.
     """
 
     config: Config
@@ -113,6 +114,7 @@ class PretrainingRun:
     recent: RecentValues
     probe: TrainingProbe | None
     saved: float = field(default_factory=time.monotonic)
+    termination: PostponedTermination = field(default_factory=PostponedTermination)
 
 
 def train_one_epoch(job: PretrainingRun, state: DistillationState, epoch: int) -> dict[str, float]:
@@ -145,8 +147,11 @@ def train_one_epoch(job: PretrainingRun, state: DistillationState, epoch: int) -
             line |= {**values.rates(), "bad_tiles": len(batch.failures), **times.report()}
             job.run.log({"epoch": epoch + 1, "step": step, **line})
             job.recent.add(measured, step)
-        if state.step < last and is_checkpoint_due(world, step, job.saved, config.save_minutes):
+        if state.step < last and is_checkpoint_due(
+            world, step, job.saved, config.save_minutes, job.termination.came
+        ):
             save_last(job, state, epoch)
+            job.termination.end()
     means = {name: value / job.steps for name, value in mean_dict(state.sums).items()}
     return means | times.whole()
 
@@ -366,9 +371,10 @@ def main(config: Config) -> int:
         if config.keep_start and state.step == 0:
             save_backbone(job.run.path / "backbone_start.pt", state.teacher.backbone)
     line: dict[str, float] = {}
-    for epoch in range(start, config.epochs):
-        values = train_one_epoch(job, state, epoch)
-        line = end_epoch(job, state, epoch + 1, values)
+    with job.termination:
+        for epoch in range(start, config.epochs):
+            values = train_one_epoch(job, state, epoch)
+            line = end_epoch(job, state, epoch + 1, values)
     failures.add_all(stream.describe_failures())
     best = {"best": state.best} if state.best else {}
     if world.is_main:

@@ -59,7 +59,7 @@ from patch_encoder.prototypes.slide_prototypes import find_slide_prototypes
 from patch_encoder.regions.keys import RegionKeys
 from patch_encoder.regions.opening import open_store
 from patch_encoder.regions.store import RegionStore
-from wsi_common.cli import launch
+from wsi_common.cli import PostponedTermination, launch
 from wsi_common.config import group, key, to_dict
 from wsi_common.device import pick_precision
 from wsi_common.distributed import World, init_distributed, mean_dict, share_batch
@@ -98,6 +98,7 @@ class SlpdRun:
         steps: per epoch.
         prototypes: those of the epoch, and their centres.
         saved: when the last checkpoint was written (time.monotonic).
+        termination: SIGTERM, which waits for a checkpoint.
     """
 
     config: Config
@@ -113,6 +114,7 @@ class SlpdRun:
     probe: RegionProbe | None
     prototypes: PrototypeState = field(default_factory=PrototypeState)
     saved: float = field(default_factory=time.monotonic)
+    termination: PostponedTermination = field(default_factory=PostponedTermination)
 
 
 def train_one_epoch(job: SlpdRun, state: DistillationState, epoch: int) -> dict[str, float]:
@@ -149,9 +151,10 @@ def train_one_epoch(job: SlpdRun, state: DistillationState, epoch: int) -> dict[
         if step % config.log_every == 0:
             log_step(job, state, epoch, step, mean_dict(terms), targets, features, times)
         if state.step < first + job.steps and is_checkpoint_due(
-            world, step, job.saved, config.save_minutes
+            world, step, job.saved, config.save_minutes, job.termination.came
         ):
             save_last(job, state, epoch)
+            job.termination.end()
     means = {name: value / job.steps for name, value in mean_dict(state.sums).items()}
     return means | share_of_prototypes(times.whole())
 
@@ -357,9 +360,10 @@ def main(config: Config) -> int:
         if config.keep_start and state.step == 0:
             save_backbone(job.run.path / "backbone_start.pt", state.teacher.backbone)
     line: dict[str, float] = {}
-    for epoch in range(start, config.epochs):
-        values = train_one_epoch(job, state, epoch)
-        line = end_epoch(job, state, epoch + 1, values)
+    with job.termination:
+        for epoch in range(start, config.epochs):
+            values = train_one_epoch(job, state, epoch)
+            line = end_epoch(job, state, epoch + 1, values)
     if world.is_main:
         share_backbone(job.run.path, DESCRIPTION, to_dict(config))
     job.run.finish({name: v for name, v in line.items() if not name.startswith("time/")})

@@ -21,7 +21,7 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
 FILES = sorted(ROOT.glob("requirements-*.txt"))
 USES = [path.stem.removeprefix("requirements-") for path in FILES]
 # extras of requirements-options.txt are named for their package, but for these
-TOGETHER = {"onnx": ["onnx", "onnxruntime", "onnxscript"]}
+TOGETHER = {"onnx": ["onnx", "onnxruntime", "onnxscript"], "redis": ("redis", "isal")}
 # what extraction does without: packages of the tests, of tracking, of tables, of single settings
 NOT_FOR_EXTRACTION = ("pytest", "wandb", "openpyxl", "pandas", "ray", "redis", "pycocotools")
 

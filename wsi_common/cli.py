@@ -35,6 +35,43 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a script as Ctrl-C does."""
 
 
+class PostponedTermination:
+    """Within its `with` block a first SIGTERM is only noted, so that a training can write a
+    checkpoint before it ends; a second one ends the script as ever.
+
+    Attributes:
+        came: whether the signal has come.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> PostponedTermination:
+        self._process, self._ends = os.getpid(), signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._ends)
+        if kind is None:
+            self.end()
+
+    def end(self) -> None:
+        """End the script, if the signal has come.
+
+        Raises:
+            Terminated: then.
+        """
+        if self.came:
+            raise Terminated
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, self._ends)
+        self.came = True
+        if os.getpid() != self._process:  # a forked worker that has no handler of its own yet
+            os._exit(128 + number)
+
+
 def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     """Run `main(config)` and leave the process with its status."""
     show_log()

@@ -7,8 +7,9 @@ and lies wholly within the field. Where the field is smaller than the window, th
 
 A circle can be moved, without losing a point, until two of its points, or one of them and the limit
 of where its centre may be, hold it fast. So it is enough to turn a circle around every point (the
-depth of overlapping arcs, Chazelle and Lee 1986) and to slide it along that limit. Points whose
-neighbourhood holds fewer points than the best circle so far are skipped.
+depth of overlapping arcs, Chazelle and Lee 1986) and to slide it along that limit. Before that, the
+places of centres are cut into ever smaller cells, and cells around which too few points lie for a
+better circle are left out: few points are left around which a circle must be turned.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ SHAPES = ("circle", "rectangle")
 ASPECT = 4 / 3
 SLACK = 1e-9  # share of the window's size within which a point on its border counts
 CORNERS = 96  # of the polygon that shows a circle
+FINEST = 500  # cells are cut until they are this part of the radius,
+MOST_CELLS = 4096  # or until there are more of them
+SIGNS = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]])
 
 Points = Float[np.ndarray, "n 2"]
 
@@ -55,7 +59,7 @@ class HotSpot:
         """The window as a polygon, um; the first corner is not repeated."""
         half = window_sides(self.area_mm2, self.shape) / 2
         if self.shape == "rectangle":
-            signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+            signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])  # around the border
         else:
             angle = np.arange(CORNERS) * (2 * np.pi / CORNERS)
             signs = np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -121,18 +125,46 @@ def _limit_centre(sides: np.ndarray, extent: tuple[float, float] | None) -> Cent
 def _search_circles(points: Points, radius: float, limits: CentreLimits) -> Float[np.ndarray, " 2"]:
     """Centre of a circle of this radius with the most points, its centre within the limits."""
     best, centre = _slide_along_limits(points, radius, limits)
-    if not len(points):
+    if not len(points) or (limits.low == limits.high).any():  # all centres are on the border
         return centre
     tree = cKDTree(points)
-    bounds = tree.query_ball_point(points, 2 * radius * (1 + SLACK), return_length=True)
-    for index in np.argsort(-bounds, kind="stable"):
-        if bounds[index] <= best:
+    # a centre beyond the points comes nearer to all of them on its way to their bounding box
+    low, high = (np.clip(f(points, 0), *limits) for f in (np.min, np.max))
+    cells, half = _cut_into_cells(low, high, radius)
+    while len(cells):
+        reach = np.hypot(*half)
+        bounds = tree.query_ball_point(cells, radius * (1 + SLACK) + reach, return_length=True)
+        counts = tree.query_ball_point(cells, radius * (1 + SLACK), return_length=True)
+        if counts.max() > best:
+            best, centre = int(counts.max()), cells[counts.argmax()]
+        cells, bounds = cells[bounds > best], bounds[bounds > best]
+        if reach < radius / FINEST or len(cells) > MOST_CELLS:
+            break
+        half = half / 2
+        cells = (cells[:, None] + half * SIGNS).reshape(-1, 2)
+    # a better circle has its centre in one of these cells and one of these points on its border
+    held = np.zeros(len(points), np.int64)
+    for cell, bound in zip(cells, bounds, strict=True):
+        on_border = np.abs(np.hypot(*(points - cell).T) - radius) <= reach + SLACK * radius
+        held[on_border] = np.maximum(held[on_border], bound)
+    for index in np.argsort(-held, kind="stable"):
+        if held[index] <= best:
             break
         near = np.array(tree.query_ball_point(points[index], 2 * radius * (1 + SLACK)), np.int64)
         count, found = _turn_around(points[index], points[near], radius, limits)
         if count > best:
             best, centre = count, found
     return centre
+
+
+def _cut_into_cells(
+    low: np.ndarray, high: np.ndarray, side: float
+) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " 2"]]:
+    """Centres of equal cells of at most this side that fill a rectangle, and half of their size."""
+    numbers = np.maximum(np.ceil((high - low) / side), 1)
+    half = (high - low) / numbers / 2
+    places = np.stack(np.meshgrid(*map(np.arange, numbers), indexing="ij"), -1).reshape(-1, 2)
+    return low + half * (2 * places + 1), half
 
 
 def _turn_around(

@@ -24,19 +24,23 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     seed_everything((seed * 1_000_003 + step) * 1_009 + rank)
 
 
-def is_checkpoint_due(world: World, step: int, saved: float, minutes: float) -> bool:
-    """Whether so many minutes have gone by; all processes get the answer of the main one.
+def is_checkpoint_due(
+    world: World, step: int, saved: float, minutes: float, told: bool = False
+) -> bool:
+    """Whether so many minutes have gone by for the main process, or any process was told to end;
+    all processes get the same answer.
 
     Args:
         world: this process.
         step: that is completed.
         saved: when the last checkpoint was written (time.monotonic).
         minutes: between two checkpoints.
+        told: this process to end, by SIGTERM.
     """
     if world.size > 1 and step % AGREE_EVERY:
         return False
     due = time.monotonic() - saved >= 60 * minutes
-    return mean_number(float(due and world.is_main), world.device) > 0
+    return mean_number(float((due and world.is_main) or told), world.device) > 0
 
 
 def report_epoch(

@@ -8,10 +8,14 @@ unpickled: whoever can write to the server can spoil a region, but not run code 
 from __future__ import annotations
 
 import struct
-import zlib
 
 import numpy as np
 from jaxtyping import Bool, Float16, UInt8
+
+try:  # the same numbers, an order of magnitude faster
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
 
 MAGIC, VERSION, FLOAT16 = b"SLPD", 1, 1
 FIELDS = struct.Struct("<4sHBxI")  # what stands before the CRC
@@ -72,5 +76,5 @@ def find_damage(
 def _checksum(*parts: bytes | np.ndarray) -> int:
     value = 0
     for part in parts:
-        value = zlib.crc32(part, value)
+        value = crc32(part, value)
     return value

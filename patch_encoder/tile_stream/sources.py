@@ -2,7 +2,8 @@
 
 INTELLIGENS keeps `DATA_DIRECTORY/SUBDATASET/slide.svs` with its corners in `slide.npy` beside it.
 The folder is read as it is; corners may also lie there as `.h5` (ours, CLAM's, TRIDENT's, ...), or
-apart in a folder of coordinates. A folder of tiles without corners is taken tile by tile.
+apart in a folder of coordinates. A folder of tiles without corners is taken tile by tile, and a
+picture without them as one tile.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from patch_encoder.cohort.selection import Selection
 from patch_encoder.cohort.slide_files import (
     ALL,
@@ -21,7 +24,12 @@ from patch_encoder.cohort.slide_files import (
     find_slides_by_folder,
 )
 from patch_encoder.slides import open_slide
-from patch_encoder.slides.names import check_fingerprint, slide_id_of
+from patch_encoder.slides.names import (
+    PICTURE_SUFFIXES,
+    check_fingerprint,
+    slide_id_of,
+    suffix_of,
+)
 from patch_encoder.slides.resolution import REMEDY
 from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tile_stream.tissue_cover import sort_by_band
@@ -40,6 +48,7 @@ from wsi_common.progress import progress
 logger = logging.getLogger(__name__)
 BESIDE = (".npy", ".h5", "_patches.h5")  # endings of coordinates beside a slide
 BESIDE_IT = "beside it (<slide>.npy, <slide>.h5)"
+LARGEST_TILE = 4096  # px; a larger picture may be a whole slide, whose coordinates were forgotten
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ def _list_beside(path: Path) -> list[Path]:
 def _read_positions(
     path: Path, files: Sequence[Path], mpp: float | None, pattern: str, where: str
 ) -> Coordinates:
-    """The tiles of a slide, or those of a tile folder that has no coordinates beside it.
+    """The tiles of a slide, or those of a tile folder or picture without coordinates beside it.
 
     Raises:
         UserError: none, several files of them, unreadable ones, or those of another slide.
@@ -181,7 +190,7 @@ def _read_positions(
         coordinates = LAYOUTS[detect_layout(files[0])].read(files[0], source)
         if coordinates.slide_fingerprint:
             check_fingerprint(path, coordinates.slide_fingerprint, "its coordinates")
-    elif path.is_dir() and where == BESIDE_IT:
+    elif where == BESIDE_IT and (path.is_dir() or suffix_of(path) in PICTURE_SUFFIXES):
         coordinates = _take_own_tiles(path, source, pattern)
     if coordinates is None:
         raise UserError(
@@ -198,13 +207,20 @@ def _read_positions(
 
 
 def _take_own_tiles(path: Path, source: CoordinateSource, pattern: str) -> Coordinates | None:
-    """Every tile of a tile folder; None for a folder of DICOM files."""
+    """Every tile of a tile folder, or the largest square in the middle of a picture; None for a
+    folder of DICOM files, and for a picture that may be a whole slide.
+    """
     with open_slide(path, source.mpp, pattern) as slide:
-        if not isinstance(slide, TileFolder):
+        if isinstance(slide, TileFolder):
+            corners, side = slide.corners(), slide.tile_side
+        elif path.is_file() and max(slide.width, slide.height) <= LARGEST_TILE:
+            side = min(slide.width, slide.height)
+            corner = ((slide.width - side) // 2, (slide.height - side) // 2)
+            corners = np.array([corner], np.int32)
+        else:
             return None
-        side = slide.tile_side
         geometry = make_square_geometry(replace(source, slide=slide), side, side)
-        return Coordinates(slide.corners(), geometry)
+        return Coordinates(corners, geometry)
 
 
 def _fill_mpp(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.helpers import ROOT
-from wsi_common.cli import run
+from wsi_common.cli import PostponedTermination, Terminated, run
 
 SCRIPT = """
 from dataclasses import dataclass
@@ -117,6 +117,28 @@ def test_a_signal_is_not_lost_in(place: str, number: int, status: int) -> None:
     process.send_signal(number)
     _, errors = process.communicate(timeout=25)
     assert process.returncode == status and errors.count("\n") == 1, errors
+
+
+def test_a_postponed_signal_waits_for_the_end_of_the_block_and_a_second_one_does_not() -> None:
+    def end(number: int, _: object) -> None:
+        raise Terminated
+
+    before, reached = signal.signal(signal.SIGTERM, end), []
+    try:
+        with pytest.raises(Terminated), PostponedTermination() as termination:
+            assert not termination.came
+            termination.end()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert termination.came
+            reached.append("the end")
+        assert signal.getsignal(signal.SIGTERM) is end
+        with pytest.raises(Terminated), PostponedTermination():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("too far")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert reached == ["the end"]
 
 
 @pytest.mark.process

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from patch_encoder.pretraining.state import keep_predecessor, predecessor, read_
 from patch_encoder.tile_stream.reader import TileReader
 from tests.training_rows import slides_inputs
 from wsi_common.checkpoint import save_checkpoint
-from wsi_common.cli import run
+from wsi_common.cli import Terminated, run
 from wsi_common.config import load_config
 from wsi_common.errors import DamagedFile, UserError
 
@@ -115,6 +117,27 @@ def test_the_probe_is_logged_and_keeps_the_best_backbone(finished: Path) -> None
 
 def test_no_predecessor_is_left_of_a_finished_run(finished: Path) -> None:
     assert not predecessor(finished / "checkpoint_last.pt").exists()
+
+
+def test_a_run_that_is_told_to_end_writes_a_checkpoint_first(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = "epoch_tiles=48"
+    assert start(corpus, tmp_path / "whole", more) == 0
+    cut_views = pretrain_dino.cut_views
+
+    def cut_and_tell(job: Any, batch: Any, step: int) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cut_views(job, batch, step)
+
+    with monkeypatch.context() as patch, pytest.raises(Terminated):
+        patch.setattr(pretrain_dino, "cut_views", cut_and_tell)
+        start(corpus, tmp_path / "run", more)
+    assert read(tmp_path / "run" / "checkpoint_last.pt")["step"] == 3
+    assert start(corpus, tmp_path / "run", more) == 0
+    whole, resumed = (read(tmp_path / name / "backbone.pt") for name in ("whole", "run"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_a_damaged_checkpoint_gives_way_to_its_predecessor(

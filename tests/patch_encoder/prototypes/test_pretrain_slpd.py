@@ -5,6 +5,8 @@ settings do not do.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from patch_encoder.regions.keys import RegionKeys
 from patch_encoder.regions.opening import open_store
 from patch_encoder.regions.store import FileStore
 from tests.patch_encoder.prototypes.region_cohort import TINY, write_region_cohort
-from wsi_common.cli import run
+from wsi_common.cli import Terminated, run
 from wsi_common.errors import UserError
 
 SHORT = ("epochs=2", "training.freeze_last_layer=0")
@@ -212,14 +214,29 @@ def test_a_region_with_features_that_are_no_numbers_is_named(
     assert len(error.splitlines()) == 1
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cohort: list[str]) -> dict[str, Any]:
+    """The backbone of a run that nothing interrupts."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert start(cohort, output) == 0
+    return read(output / "backbone.pt")
+
+
+def assert_resumed_as_whole(cohort: list[str], output: Path, whole: dict[str, Any]) -> None:
+    assert 10 < read(output / "checkpoint_last.pt")["step"] < 20  # inside the second epoch
+    assert start(cohort, output) == 0
+    resumed = read(output / "backbone.pt")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
 def test_a_store_that_dies_inside_an_epoch_ends_the_run_which_then_resumes(
     cohort: list[str],
+    whole: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     break_fetch: Callable[..., None],
 ) -> None:
-    assert start(cohort, tmp_path / "whole", "save_minutes=0") == 0
     with monkeypatch.context() as patch:
         patch.setattr(pretrain_slpd, "is_checkpoint_due", lambda *_: True)
 
@@ -227,12 +244,22 @@ def test_a_store_that_dies_inside_an_epoch_ends_the_run_which_then_resumes(
             raise UserError("redis: expected an answer, found none; start the server again")
 
         break_fetch(17, die)  # 10 batches, all regions twice, then inside the second epoch
-        assert start(cohort, tmp_path / "run", "save_minutes=0") == 2
+        assert start(cohort, tmp_path / "run") == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert 10 < read(tmp_path / "run" / "checkpoint_last.pt")["step"] < 20
-    assert start(cohort, tmp_path / "run", "save_minutes=0") == 0
-    whole, resumed = (read(tmp_path / name / "backbone.pt") for name in ("whole", "run"))
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert_resumed_as_whole(cohort, tmp_path / "run", whole)
+
+
+def test_a_run_that_is_told_to_end_writes_a_checkpoint_first(
+    cohort: list[str], whole: dict[str, Any], tmp_path: Path, break_fetch: Callable[..., None]
+) -> None:
+    def tell(found: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    break_fetch(17, tell)
+    with pytest.raises(Terminated):
+        start(cohort, tmp_path / "run")
+    assert_resumed_as_whole(cohort, tmp_path / "run", whole)
 
 
 def test_other_regions_or_patients_are_another_run(

@@ -153,6 +153,19 @@ def test_a_tile_folder_without_coordinates_is_taken_tile_by_tile(
     assert found[0].coordinates.geometry.tile_pattern == "t_x{x}_y{y}.png"
 
 
+def test_a_picture_without_coordinates_is_one_tile_and_a_slide_is_not(tmp_path: Path) -> None:
+    for kind, size in (("flat", (60, 40)), ("tall", (33, 64)), ("slide", (5000, 16))):
+        (tmp_path / kind).mkdir()
+        Image.new("RGB", size).save(tmp_path / kind / "1.png")
+    write_pyramid(tmp_path / "flat" / "2.tiff", draw_slide(64))
+    problems: dict[str, str] = {}
+    sources = find_sources(tmp_path, problems, pictures=True)
+    assert {s.name: (s.coordinates.coords.tolist(), s.coordinates.geometry.patch_size_level0)
+            for s in sources} == {"flat/1": ([[10, 0]], 40), "tall/1": ([[0, 15]], 33)}  # fmt: skip
+    assert sorted(problems) == ["flat/2", "slide/1"]
+    assert all("expected coordinates" in reason for reason in problems.values())
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_the_resolution_is_read_where_it_is_needed(tmp_path: Path, workers: int) -> None:
     make_tree(tmp_path, 2)
