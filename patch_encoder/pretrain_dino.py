@@ -324,13 +324,13 @@ def open_job(
     """Everything that a step needs beside the networks."""
     precision = pick_precision(config.precision, world.device)
     steps = config.count_steps(stream.plan.sources)
+    schedules = config.training.schedules(steps, config.epochs, config.batch_size, config.objective)
     side, statistics = recipe.global_size, (recipe.mean, recipe.std)
     probe = make_training_probe(config.probe, side, statistics, world.device, precision)
     inputs = {"slides": digest_sources(stream.plan.sources)}
     inputs |= {"probe": probe.tiles.digest()} if probe else {}
     options = {"overwrite": config.overwrite, "tracker": config.tracker}
     run = open_run(config.output, config, world, inputs=inputs, **options)
-    schedules = config.training.schedules(steps, config.epochs, config.batch_size, config.objective)
     recent = RecentValues(config.network.out_dim, after=schedules.warmup)
     return PretrainingRun(
         config,

@@ -330,13 +330,13 @@ def open_job(config: Config, world: World) -> SlpdRun:
         )
     if config.losses.on:
         config.prototypes.check(store.counts, store.cases)
+    steps = len(store) // config.batch_size
+    schedules = config.training.schedules(steps, config.epochs, config.batch_size, config.objective)
     recipe = config.views.build(store.region_tiles)
     probe = make_region_probe(config.probe, config.labels, store)
     inputs = {"regions": store.digest, "patients": sha256_bytes("\n".join(store.cases).encode())}
     options = {"overwrite": config.overwrite, "tracker": config.tracker}
     run = open_run(config.output, config, world, inputs=inputs, **options)
-    steps = len(store) // config.batch_size
-    schedules = config.training.schedules(steps, config.epochs, config.batch_size, config.objective)
     recent = RecentValues(config.network.out_dim, schedules.warmup, "region")
     objective = config.objective.build()
     return SlpdRun(

@@ -137,7 +137,7 @@ def _add_images(
     if missing:
         raise UserError(
             f"{source}: {len(missing)} of {len(fields)} images are missing, first {missing[0]}; "
-            "see images="
+            "see data.images="
         )
     checked = []
     for field in fields:

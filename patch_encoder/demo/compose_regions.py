@@ -9,7 +9,7 @@ slides have more rows of the positive kinds. `nuisance` gives every slide a stai
 of what the pictures bring. A stand-in again: nobody says whose the pictures are, so that a figure
 measured on it says nothing about patients.
 
-    python -m patch_encoder.demo.compose_regions fields=oral_oscc_he output=runs/oral
+    python -m patch_encoder.demo.compose_regions fields=oral_oscc_he output=runs/oral_regions
 
 Written: labels.csv, slides/*.tiff (pyramids), coords/*.h5 (all tiles), zones.csv (the corner and
 the kind of each picture) and cohort.json. A killed run goes on; slides that are there are kept.

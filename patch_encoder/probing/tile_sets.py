@@ -185,9 +185,11 @@ def _read_folder(root: Path) -> Iterator[LabelledTile]:
                 yield LabelledTile(name, folder.name, name, path=path)
     if not found:
         kinds = ", ".join(sorted(SUFFIXES))
+        loose = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
         raise UserError(
             f"{root}: expected a sub-folder of pictures ({kinds}) per class, found "
-            f"{len(folders)} sub-folders without any"
+            f"{len(folders)} sub-folders without any and {loose} pictures beside them; sort the "
+            "pictures into sub-folders, or give a CSV image,label"
         )
 
 

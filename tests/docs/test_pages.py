@@ -33,6 +33,7 @@ NAMED = re.compile(
     r"|patch_encoder|studies|tests|tools)/[\w./-]*\w/?)(?![\w<*{-]|\.\.)"
 )
 OUTPUT = re.compile(r"^```text\n.*?^```$", re.MULTILINE | re.DOTALL)  # what commands print
+OTHERS = {"RAY_ADDRESS", "REDIS_URL"}  # what Python reads
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#[^)\s]*)?\)")
 
 
@@ -96,11 +97,43 @@ def test_commands_set_keys_that_their_script_has(page: Path) -> None:
         assert key in known or not known, f"{page.name}: {script} has no key {key}"
 
 
+def variables(text: str) -> Iterator[tuple[str, str]]:
+    """(shell script, variable) of every `NAME=value ... bash tools/x.sh` of a page."""
+    whole = OUTPUT.sub("", text).replace("\\\n", " ")
+    for names, script in re.findall(r"((?:[A-Z_]+=\S+\s+)+)bash (tools/[\w/-]+\.sh)", whole):
+        for name in re.findall(r"(?:^|\s)([A-Z_]+)=", names):
+            yield script, name
+
+
+def variables_of(script: Path) -> set[str]:
+    """The variables that a shell script reads: by name, as a key it collects, or through lib.sh."""
+    code = "".join(
+        line + "\n"
+        for path in (script, ROOT / "tools" / "lib.sh")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if not line.lstrip().startswith("#")
+    )
+    collected = " ".join(re.findall(r"collect_keys (.*)", code))
+    keys = re.findall(r"([\w]+)(?:\[\])?'?(?=\s|$)", collected)
+    return {key.upper() for key in keys} | set(re.findall(r"\b[A-Z][A-Z_]+\b", code)) | OTHERS
+
+
+@pytest.mark.parametrize("page", written_pages(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_set_variables_that_their_script_reads(page: Path) -> None:
+    for script, name in variables(page.read_text(encoding="utf-8")):
+        assert name in variables_of(ROOT / script), f"{page.name}: {script} does not read {name}"
+
+
 def test_settings_are_found() -> None:
     text = "`A=b bash tools/x.sh --config c a.b=1 'd=[e, f]'`\nbash tools/y.sh \\\n  g=h  # i=j\n"
     assert list(settings(text)) == [
         ("tools/x.sh", "a.b"), ("tools/x.sh", "d"), ("tools/y.sh", "g")
     ]  # fmt: skip
+    assert list(variables("A=b \\\n  C_D=e bash tools/x.sh f=g\n")) == [
+        ("tools/x.sh", "A"), ("tools/x.sh", "C_D")
+    ]  # fmt: skip
+    read = variables_of(ROOT / "tools" / "evaluate_mitosis.sh")
+    assert {"DETECTIONS", "ANNOTATIONS", "SPLITS", "GPUS"} <= read and "MITOSES" not in read
     assert "models" in keys_of(ROOT / "tools" / "mil_benchmark.sh")
     assert "adapter" in keys_of(ROOT / "tools" / "distill.sh")
 

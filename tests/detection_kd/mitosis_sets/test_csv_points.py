@@ -109,7 +109,9 @@ def test_images_give_their_resolution_and_have_to_hold_the_points(tmp_path: Path
     with pytest.raises(UserError, match=r"field b_2: .*96 x 64 px, found 1 outside, .*\(30, 65\)"):
         read_point_set(keys)
     write_table(table, TABLE + "c.tiff,1,2,mitosis\n")
-    with pytest.raises(UserError, match="1 of 3 images are missing, first .*c.tiff; see images="):
+    with pytest.raises(
+        UserError, match="1 of 3 images are missing, first .*c.tiff; see data.images="
+    ):
         read_point_set(keys)
 
 

@@ -260,6 +260,13 @@ def test_settings_that_cannot_be_are_one_line(
     assert not (tmp_path / "run" / "checkpoint_last.pt").exists()
 
 
+def test_a_schedule_that_cannot_be_leaves_the_folder_to_the_next_try(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    assert start(corpus, tmp_path / "run", "training.warmup=2") == 2
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_description_that_is_none_is_one_line(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "backbone.pt").write_bytes((finished / "backbone.pt").read_bytes())
     (tmp_path / "encoder.json").write_text('{"model": "test_vit"}')

@@ -180,6 +180,13 @@ def test_settings_that_cannot_be_are_one_line(
     assert not (tmp_path / "run" / "checkpoint_last.pt").exists()
 
 
+def test_a_schedule_that_cannot_be_leaves_the_folder_to_the_next_try(
+    cohort: list[str], tmp_path: Path
+) -> None:
+    assert start(cohort, tmp_path / "run", "training.warmup=2") == 2
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 @pytest.fixture
 def break_fetch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`break_fetch(call, damage)`: a later call of `fetch` goes through `damage`."""
