@@ -35,7 +35,8 @@ from patch_encoder.models.onnx_network import import_onnxruntime
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
-from wsi_common.files import sha256_bytes, sha256_file
+from wsi_common.files import sha256_bytes
+from wsi_common.shared_weights import digest_weights_file
 
 logger = logging.getLogger(__name__)
 FILE, RECORD = "detector.onnx", "export_detector.json"
@@ -147,7 +148,7 @@ def main(config: Config) -> int:
     size = find_size(config, description)
     pixels = read_pixels(config, size)
     wanted = {
-        "detector_sha256": sha256_file(config.detector),
+        "detector_sha256": digest_weights_file(config.detector),
         "size": list(size),
         "pictures": {"count": len(pixels), "sha256": sha256_bytes(pixels.numpy().tobytes())},
         "opset": OPSET,

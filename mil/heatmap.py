@@ -1,6 +1,6 @@
 """Where a trained slide classifier looked: heatmaps, top tiles, and pages to look through a cohort.
 
-    python -m mil.heatmap run=runs/mil/abmil_fold0 features=runs/features/uni slides=cohort/slides
+    python -m mil.heatmap run=runs/abmil_fold0 features=runs/features/uni slides=cohort/slides
     output=runs/heatmaps python -m mil.heatmap run=runs/benchmark slides=cohort/slides
     output=runs/heatmaps feature_set=student model=abmil
 

@@ -1,7 +1,7 @@
 """Train one slide classifier on one feature folder and one fold.
 
     python -m mil.train labels=cohort/labels.csv features=runs/features/resnet50
-    output=runs/mil/abmil_fold0 model=abmil fold=0
+    output=runs/abmil_fold0 model=abmil fold=0
 
 Keys of the recipe that are not given are the published ones of the model (mil/training/recipes.py);
 `options='{heads: 4}'` are the model's own. Writes a run directory with predictions.csv (validation

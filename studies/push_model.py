@@ -1,7 +1,7 @@
 """Share a trained model: write its folder with weights, description and model card, and push it to
 a hub, unless the licence of an encoder behind it forbids that.
 
-    python -m studies.push_model run=runs/mil/abmil_fold0 repo=lab/cervix-abmil licence=apache-2.0
+    python -m studies.push_model run=runs/abmil_fold0 repo=lab/cervix-abmil licence=apache-2.0
         data_statement='312 liquid-based cytology slides of one hospital' output=runs/shared/abmil
     python -m studies.push_model run=runs/d2vfm output=runs/shared/student upload=false
 

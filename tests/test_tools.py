@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,11 @@ def test_help_works_from_any_folder(
         module = importlib.import_module(called[1])
         assert run(module.main, module.Config, called[2:]) == 0
         text = capsys.readouterr().out
+    else:
+        lines = script.read_text().splitlines()
+        assert text.splitlines() == [
+            line[2:] for line in takewhile("set -euo pipefail".__ne__, lines[1:])
+        ]
     assert len(text.strip()) > 20
     assert not list(folder.iterdir()), "asking for help leaves nothing behind"
 

@@ -3,8 +3,9 @@
 #
 #   bash tools/quickstart.sh                 on a small cytology cohort that it renders itself (no download)
 #   DATA=<folder> bash tools/quickstart.sh   on pictures of yours: <folder> holds labels.csv, slides/ and detection/{train,val}.json
-#                                            + detection/images/; or bccd/ (blood smear fields), or labelled fields named
-#                                            NL_12_ (3).jpg, HSIL_1 (10).jpg, ... in any tree; from fields, slides are composed
+#                                            + detection/images/; or bccd/ (blood smear fields: Annotations/, ImageSets/,
+#                                            JPEGImages/), or labelled fields named NL_12_ (3).jpg, HSIL_1 (10).jpg, ...
+#                                            in any tree; from fields, slides are composed
 #
 # TEACHER=imagenet_lite0 (default) or stain_texture is whom the student imitates; both are in the table.
 # Everything goes to RUN (default runs/quickstart). Killed at any point and started again, it goes on; a second run over
@@ -69,9 +70,11 @@ main() {
   elif [[ -d "$DATA/bccd" ]]; then
     : "${RUN:=runs/quickstart-bccd}"
     cohort="$RUN/cohort" split_cv='' split_pretrain=train protocol=fixed
+    stage "convert boxes" detection_kd.convert_annotations layout=voc boxes="$DATA/bccd/Annotations" images="$DATA/bccd/JPEGImages" \
+      output="$RUN/boxes" overwrite=true
     # shellcheck disable=SC2086
     stage "compose cohort" patch_encoder.demo.compose_cohort --config "$configs/compose.yaml" output="$cohort" \
-      images="$DATA/bccd/JPEGImages" annotations="$DATA/bccd/coco_derived.json" lists="$DATA/bccd/ImageSets/Main" $COHORT
+      images="$DATA/bccd/JPEGImages" annotations="$RUN/boxes/annotations.json" lists="$DATA/bccd/ImageSets/Main" $COHORT
   elif [[ -d "$DATA" && -n "$(find -L "$DATA" -iname 'NL_*(*).*' -print -quit)" ]]; then
     : "${RUN:=runs/quickstart-cervical}"
     # light and focus of the source tell the classes apart: the table has to show by how much

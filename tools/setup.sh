@@ -14,7 +14,7 @@ set -euo pipefail
 : "${PYTHON_BASE:=python3}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
-  sed -n '2,11p' "${BASH_SOURCE[0]}" | cut -c3-
+  sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3-
   exit 0
 fi
 

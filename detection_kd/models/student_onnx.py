@@ -38,6 +38,7 @@ from patch_encoder.models.transforms import ToInputSize
 from wsi_common.config import nearest_path
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, safe_id, sha256_file
+from wsi_common.shared_weights import find_weights
 
 logger = logging.getLogger(__name__)
 OUTPUTS = ("features",)
@@ -256,11 +257,13 @@ def load_students(entries: Sequence[str], device: torch.device) -> list[Encoder]
 
 
 def split_entry(entry: str) -> tuple[str, str]:
-    """`name=checkpoint` -> (name, checkpoint); ("", checkpoint) for a file without a name."""
+    """`name=checkpoint` -> (name, checkpoint); ("", checkpoint) for a file or folder without a
+    name.
+    """
     name, found, path = entry.partition("=")
-    if not found or Path(entry).is_file():
+    if not found or find_weights(entry).is_file():
         name, path = "", entry
-    if not Path(path).is_file():
+    if not find_weights(path).is_file():
         raise UserError(
             f"student={entry}: expected a checkpoint or name=checkpoint, found no file {path}; "
             f"{nearest_path(Path(path))}"

@@ -24,6 +24,8 @@ FILES = (WEIGHTS, DESCRIPTION, CARD, DIGESTS, *ENCODERS)
 HIDDEN = "(left out)"
 # entries of a description with ids, or with digests of ids, which can be found by trying
 PRIVATE = ("digests", "cases", "left_out", "inputs")
+# how an encoder prepares tiles, in words ("mean/std ..."): bags are compared by it
+TRANSFORM = "transform"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def _hide(name: str, value: Any) -> Any:
         return hide_private(value)
     if isinstance(value, list | tuple):
         return [_hide("", item) for item in value]
+    if name == TRANSFORM:
+        return value
     is_path = isinstance(value, str) and ("/" in value or "\\" in value or Path(value).is_file())
     # timm:..., open_clip:.../... and hf:.../... name encoders
     return HIDDEN if is_path and not value.startswith(("timm:", "open_clip:", "hf:")) else value

@@ -26,6 +26,7 @@ from tests.helpers import ROOT
 from wsi_common.checkpoint import load_checkpoint, save_checkpoint
 from wsi_common.cli import run
 from wsi_common.errors import UserError
+from wsi_common.shared_weights import write_shared_weights
 
 SIZES = Architecture(
     32, 2, 32, 1, 1, levels=2, queries=6, box_refine=True, two_stage=True, mixed_selection=True
@@ -34,7 +35,7 @@ SIZES = Architecture(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random detector of two classes, and three pictures."""
+    """A random detector of two classes, as a file and as a shared folder, and three pictures."""
     path = tmp_path_factory.mktemp("export")
     torch.manual_seed(2)
     model = DeformableDETR(Backbone("resnet18", "batch"), 2, SIZES)
@@ -44,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     described |= {"training": {"augmentation": {"eval_size": 64}}}
     described |= {"operating_point": {"min_score": 0.01}}
     save_checkpoint(path / "detector.pt", model=model.state_dict(), config=described, epoch=1)
+    write_shared_weights(path / "shared", load_checkpoint(path / "detector.pt"))
     (path / "images").mkdir()
     rng = np.random.default_rng(0)
     for number in range(3):
@@ -53,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(folder: Path, output: Path, *changes: str) -> int:
-    keys = [f"detector={folder}/detector.pt", f"images={folder}/images", f"output={output}"]
+    keys = [f"detector={folder}/shared", f"images={folder}/images", f"output={output}"]
     words = [*keys, "check_images=3", "width=96", *changes]
     return run(export_detector.main, export_detector.Config, words)
 

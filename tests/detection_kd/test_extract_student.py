@@ -16,11 +16,13 @@ from detection_kd import extract_student
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.shared_trunk import TrunkMember, group_by_trunk
 from detection_kd.models.student import Student, describe_student, load_student_encoder
+from detection_kd.models.student_onnx import load_students
 from patch_encoder import tile_slides
 from studies import measure_encoders
 from tests.helpers import forget_slides, make_cohort
-from wsi_common.checkpoint import save_checkpoint
+from wsi_common.checkpoint import load_checkpoint, save_checkpoint
 from wsi_common.cli import run
+from wsi_common.shared_weights import write_shared_weights
 
 DIM = 5
 KINDS = {  # stages, adapter, pooling, input scale
@@ -109,6 +111,15 @@ def test_bags_are_those_of_one_student_at_a_time(
             )
             assert np.array_equal(expected[slide][1], found[slide][1])
             assert expected[slide][2] == found[slide][2], "provenance and digest"
+
+
+def test_a_folder_of_shared_weights_is_a_student(students: dict[str, Path], tmp_path: Path) -> None:
+    shared = tmp_path / "model = a"
+    write_shared_weights(shared, load_checkpoint(students["small"]))
+    found = load_students([str(shared), f"b={shared}"], torch.device("cpu"))
+    assert [student.name for student in found] == ["student", "b"]
+    expected = load_student_encoder(students["small"], "student").provenance
+    assert found[0].provenance == expected
 
 
 def test_who_shares_a_trunk(students: dict[str, Path]) -> None:

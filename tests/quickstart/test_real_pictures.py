@@ -28,10 +28,10 @@ TRAINED = (
 
 
 def some_fields(data: Path, folder: Path) -> Path:
-    """The real pictures and boxes, of which the lists name a part."""
+    """The folders of the published set, of which the lists name a part."""
     lists = folder / "bccd" / "ImageSets" / "Main"
     lists.mkdir(parents=True)
-    for name in ("JPEGImages", "coco_derived.json"):
+    for name in ("JPEGImages", "Annotations"):
         (folder / "bccd" / name).symlink_to(data / "bccd" / name)
     for split, count in FIELDS.items():
         names = (data / "bccd" / "ImageSets" / "Main" / f"{split}.txt").read_text().split()

@@ -147,6 +147,11 @@ def test_no_slide_id_case_id_or_path_is_shared(classifier: Path, tmp_path: Path)
     }  # fmt: skip
 
 
+def test_a_shared_classifier_knows_the_encoder_of_its_bags() -> None:
+    bags = {"encoders": [{"encoder": "uni", "transform": "resize 224, mean/std ((0.5,), (0.5,))"}]}
+    assert hide_private({"bags": bags}) == {"bags": bags}
+
+
 def test_a_student_of_a_restricted_teacher_is_not_pushed(
     tiny_student: Path, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
