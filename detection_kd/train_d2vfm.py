@@ -51,6 +51,7 @@ from detection_kd.models.student import (
     group_student_parameters,
 )
 from patch_encoder.cohort.labels import read_labels
+from patch_encoder.models.encoder_table import ALIASES
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, group, key, to_dict
 from wsi_common.device import PRECISIONS, autocast, pick_precision
@@ -94,7 +95,9 @@ class Config:
         path=True,
     )
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
-    teacher: str = key("", "name of the teacher encoder; kept in the checkpoint")
+    teacher: str = key(
+        "", "name of the teacher encoder; kept in the checkpoint; empty: what a packed set says"
+    )
     input_scale: float = key(
         1.0, "resize tiles by this factor first, to the resolution that the detector was trained at"
     )
@@ -294,6 +297,22 @@ def read_set(config: Config, world: World) -> list[Pair]:
     return read_pairs(config.dataset, report=report, show=world.is_main, **checks)
 
 
+def name_teacher(config: Config, pairs: list[Pair]) -> str:
+    """Name the encoder that the features are of: a packed set that was cut from slides says it.
+
+    Raises:
+        UserError: `teacher` is another one.
+    """
+    pack = pairs[0].pack
+    made = pack.provenance.get("teacher", {}).get("encoder", "") if pack is not None else ""
+    if config.teacher and made and ALIASES.get(config.teacher, config.teacher) != made:
+        raise UserError(
+            f"teacher={config.teacher}: expected {made}, of which the features in "
+            f"{config.dataset} are; leave it out"
+        )
+    return made or config.teacher
+
+
 def read_teacher(
     config: Config, pairs: list[Pair], world: World, precision: str
 ) -> OnlineTeacher | None:
@@ -323,6 +342,7 @@ def main(config: Config) -> None:
     pairs = read_set(config, world)
     seed_everything(config.seed)
     student = build_model(config, dim=len(pairs[0].feature))
+    teacher = name_teacher(config, pairs)
     online = read_teacher(config, pairs, world, precision)
     inputs = digest_inputs(config, pairs, online)
     options = {"overwrite": config.overwrite, "tracker": config.tracker}
@@ -348,7 +368,7 @@ def main(config: Config) -> None:
         improved = metrics["cosine"] > best.get("cosine", -2.0)
         best = {"epoch": epoch + 1, **metrics} if improved else best
         if world.is_main:
-            described = to_dict(config) | {"student": describe_student(student, config.teacher)}
+            described = to_dict(config) | {"student": describe_student(student, teacher)}
             state = {"config": described, "epoch": epoch + 1, "best": best}
             if improved:
                 training.save_best(run.best, **state)

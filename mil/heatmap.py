@@ -1,8 +1,9 @@
 """Where a trained slide classifier looked: heatmaps, top tiles, and pages to look through a cohort.
 
     python -m mil.heatmap run=runs/abmil_fold0 features=runs/features/uni slides=cohort/slides
-    output=runs/heatmaps python -m mil.heatmap run=runs/benchmark slides=cohort/slides
-    output=runs/heatmaps feature_set=student model=abmil
+        output=runs/heatmaps
+    python -m mil.heatmap run=runs/benchmark slides=cohort/slides output=runs/heatmaps
+        feature_set=student model=abmil
 
 Source: CLAM's heatmaps and top tiles (Lu, Williamson et al., Nature BME 2021). Different: any of
 the models, no second pass over the slide (the bag's own tiles are drawn), any task (survival: the

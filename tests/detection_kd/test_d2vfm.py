@@ -6,19 +6,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from detection_kd import extract_student
+from detection_kd import extract_student, train_d2vfm
 from detection_kd.datasets.distillation import (
     DistillationTiles,
+    Pair,
     digest_pairs,
     read_pairs,
     split_by_patient,
 )
+from detection_kd.datasets.packed_pairs import Pack
 from detection_kd.evaluation.feature_agreement import feature_agreement
 from detection_kd.losses.feature_losses import cosine_loss, mae_loss, mse_loss
 from detection_kd.models.adapter import ADAPTERS, Adapter
@@ -274,6 +277,20 @@ def test_wrong_inputs_are_refused(
     assert train(pairs_root, backbone_path, tmp_path / "r", "adapter=mpb") == 2
     with pytest.raises(UserError, match="expected a D2VFM checkpoint"):
         load_student(backbone_path)
+
+
+def test_the_teacher_of_a_packed_set_is_the_encoder_of_its_features() -> None:
+    def name(given: str, provenance: dict[str, Any]) -> str:
+        pack = object.__new__(Pack)
+        pack.provenance, pack._descriptor = provenance, None
+        keys = train_d2vfm.Config(dataset="set.h5", backbone="b.pt", output="run", teacher=given)
+        return train_d2vfm.name_teacher(keys, [Pair("S", Path("t.jpg"), torch.zeros(1), pack)])
+
+    made = {"teacher": {"encoder": "gigapath"}}
+    assert name("", made) == name("gigapath", made) == "gigapath"
+    assert name("clip", {}) == "clip"
+    with pytest.raises(UserError, match="teacher=clip: expected gigapath, of which the features"):
+        name("clip", made)
 
 
 def test_student_is_one_more_encoder(tiny_student: Path, tmp_path: Path) -> None:
