@@ -74,8 +74,11 @@ def main(config: Config) -> int:
         images = [
             image for image, side in zip(document["images"], sides, strict=True) if side == split
         ]
-        if images:
-            write_json(Path(config.output) / f"{split}.json", select_part(document, images))
+        file = Path(config.output) / f"{split}.json"
+        if not images:
+            file.unlink(missing_ok=True)  # of an earlier split
+        else:
+            write_json(file, select_part(document, images))
             logger.info(
                 "%s: %d images, %d boxes",
                 split,
@@ -139,7 +142,8 @@ def draw_split(names: list[str], shares: list[float], group: str, seed: int) -> 
     their sizes allow.
 
     Raises:
-        UserError: shares that do not make a whole, or a name that `group` does not match.
+        UserError: shares that do not make a whole, a name that `group` does not match, or too few
+            groups for the splits.
     """
     if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise UserError(
@@ -157,6 +161,15 @@ def draw_split(names: list[str], shares: list[float], group: str, seed: int) -> 
         counts[side] += len(groups[number])
         for index in groups[number]:
             sides[index] = SPLITS[side]
+    empty = [
+        name for name, share in zip(SPLITS, shares, strict=True) if share and name not in sides
+    ]
+    if empty:
+        raise UserError(
+            f"group='{group}', shares={shares}: expected images in every split, found none for "
+            f"{' and '.join(empty)}, since there are {len(members)} groups; give another group or "
+            "other shares"
+        )
     return sides
 
 

@@ -1,12 +1,14 @@
 """Look at what stain normalisation and augmentation make of a slide's tiles, or of picture files,
 before thousands are encoded.
 
-    python -m patch_encoder.stain_preview slides=cohort/slides/S001.svs output=preview.png python -m
-    patch_encoder.stain_preview slides=pictures output=preview.png rows=6 stain_target=target.png
+    python -m patch_encoder.stain_preview slides=cohort/slides/S001.svs output=preview.png
+    python -m patch_encoder.stain_preview slides=pictures output=preview.png rows=6
+        stain_target=target.png
 
 One picture: a row a tile, columns original, Reinhard and Macenko (statistics of the slide, as
 extraction takes them by default), haematoxylin alone, eosin alone, and three draws of augmentation.
-Of a folder every slide or picture gives an equal share of rows.
+Of a folder every slide or picture gives an equal share of rows; those that cannot be read are left
+out.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from patch_encoder.cohort.slide_files import find_slides
 from patch_encoder.extraction.keys import StainKeys
-from patch_encoder.slides import RegionError, Slide, open_slide
+from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
 from patch_encoder.stain.augment import HedJitter, StainJitter
 from patch_encoder.stain.macenko import StainProfile, has_one_stain
 from patch_encoder.stain.normaliser import (
@@ -165,9 +167,17 @@ def main(config: Config) -> None:
     paths = list(find_slides(config.slides).slides.values()) if path.is_dir() else [path]
     generator = torch.Generator().manual_seed(config.seed)
     share, rows = -(-config.rows // max(1, len(paths))), []
-    for place in paths[: config.rows]:
-        with open_slide(place) as slide:
-            found = read_rows(slide, min(share, config.rows - len(rows)), config.tile_size)
+    for place in paths:
+        if len(rows) >= config.rows:
+            break
+        try:
+            with open_slide(place) as slide:
+                found = read_rows(slide, min(share, config.rows - len(rows)), config.tile_size)
+        except SlideError as error:
+            if not path.is_dir():
+                raise
+            logger.warning("stain_preview: left out: %s", error)
+            continue
         rows += [(row.name, make_variants(row, chosen, config, generator)) for row in found]
     if not rows:
         raise UserError(

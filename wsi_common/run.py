@@ -39,6 +39,8 @@ from wsi_common.tracking import (
     make_tracking,
 )
 
+CLAIM = {"run.json", "config.yaml", "environment.json"}  # what `open_run` itself writes
+
 
 class Run:
     """One run directory, written by the main process only.
@@ -139,6 +141,8 @@ def open_run(
         path.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _clear(path)
+        if {entry.name for entry in path.iterdir()} <= CLAIM:
+            stamp.unlink(missing_ok=True)  # of a run that ended before it had anything to keep
         if not stamp.is_file() and any(path.glob("checkpoint_*.pt")):
             raise unknown_origin(path, "checkpoints", stamp.name)
         can_reuse(

@@ -96,6 +96,16 @@ def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     assert start(tmp_path / "r", Config(lr=0.2), overwrite=True, labels="a").results is None
 
 
+def test_a_run_that_ended_before_it_had_anything_to_keep_gives_its_folder_up(
+    tmp_path: Path,
+) -> None:
+    start(tmp_path / "r", Config(), labels="a")
+    run = start(tmp_path / "r", Config(lr=0.2), labels="a")
+    run.log({"loss": 1.0})
+    with pytest.raises(UserError, match=r"config.lr 0.2 -> 0.1"):
+        start(tmp_path / "r", Config(), labels="a")
+
+
 def test_checkpoints_of_unknown_origin_are_not_taken_over(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "checkpoint_last.pt")
     with pytest.raises(UserError, match="unknown origin"):
@@ -134,7 +144,7 @@ def test_a_run_does_not_go_on_in_the_arithmetic_of_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "_cpu_has_bf16", lambda: True)
-    open_run(tmp_path, Precise(), WORLD, inputs={})
+    open_run(tmp_path, Precise(), WORLD, inputs={}).log({"loss": 1.0})
     open_run(tmp_path, Precise("bf16"), WORLD, inputs={})
     monkeypatch.setattr(device, "_cpu_has_bf16", lambda: False)
     with pytest.raises(UserError, match="config.precision 'bf16' -> 'fp32'"):

@@ -89,6 +89,7 @@ def test_groups_stay_together_and_every_image_has_a_side(annotations: Path, tmp_
     [
         ("shares=[0.5,0.2,0.2]", "expected three shares that sum to 1"),
         ("group=patient", "group='patient': does not match image 'slide0_0.jpg'"),
+        ("group=^slide", "expected images in every split, found none for val and test, since"),
         ("lists=empty", "expected train.txt, val.txt or test.txt, found none"),
         ("lists=unknown", "'nobody' is not among the 12 images"),
         ("lists=twice", "'slide0_0' is in train.txt too"),
