@@ -26,6 +26,7 @@ from patch_encoder.cohort.slide_files import (
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.names import (
     PICTURE_SUFFIXES,
+    TIFF_SUFFIXES,
     check_fingerprint,
     slide_id_of,
     suffix_of,
@@ -48,6 +49,7 @@ from wsi_common.progress import progress
 logger = logging.getLogger(__name__)
 BESIDE = (".npy", ".h5", "_patches.h5")  # endings of coordinates beside a slide
 BESIDE_IT = "beside it (<slide>.npy, <slide>.h5)"
+MAYBE_TILES = PICTURE_SUFFIXES | TIFF_SUFFIXES
 LARGEST_TILE = 4096  # px; a larger picture may be a whole slide, whose coordinates were forgotten
 
 
@@ -190,7 +192,7 @@ def _read_positions(
         coordinates = LAYOUTS[detect_layout(files[0])].read(files[0], source)
         if coordinates.slide_fingerprint:
             check_fingerprint(path, coordinates.slide_fingerprint, "its coordinates")
-    elif where == BESIDE_IT and (path.is_dir() or suffix_of(path) in PICTURE_SUFFIXES):
+    elif where == BESIDE_IT and (path.is_dir() or suffix_of(path) in MAYBE_TILES):
         coordinates = _take_own_tiles(path, source, pattern)
     if coordinates is None:
         raise UserError(
@@ -208,12 +210,16 @@ def _read_positions(
 
 def _take_own_tiles(path: Path, source: CoordinateSource, pattern: str) -> Coordinates | None:
     """Every tile of a tile folder, or the largest square in the middle of a picture; None for a
-    folder of DICOM files, and for a picture that may be a whole slide.
+    folder of DICOM files, and for a file that may be a whole slide.
     """
     with open_slide(path, source.mpp, pattern) as slide:
         if isinstance(slide, TileFolder):
             corners, side = slide.corners(), slide.tile_side
-        elif path.is_file() and max(slide.width, slide.height) <= LARGEST_TILE:
+        elif (
+            path.is_file()
+            and len(slide.downsamples) == 1
+            and max(slide.width, slide.height) <= LARGEST_TILE
+        ):
             side = min(slide.width, slide.height)
             corner = ((slide.width - side) // 2, (slide.height - side) // 2)
             corners = np.array([corner], np.int32)

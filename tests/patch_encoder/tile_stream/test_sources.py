@@ -157,11 +157,14 @@ def test_a_picture_without_coordinates_is_one_tile_and_a_slide_is_not(tmp_path: 
     for kind, size in (("flat", (60, 40)), ("tall", (33, 64)), ("slide", (5000, 16))):
         (tmp_path / kind).mkdir()
         Image.new("RGB", size).save(tmp_path / kind / "1.png")
-    write_pyramid(tmp_path / "flat" / "2.tiff", draw_slide(64))
+    write_pyramid(tmp_path / "flat" / "2.tiff", draw_slide(1024))
+    Image.new("RGB", (48, 48)).save(tmp_path / "flat" / "3.tif")
     problems: dict[str, str] = {}
     sources = find_sources(tmp_path, problems, pictures=True)
     assert {s.name: (s.coordinates.coords.tolist(), s.coordinates.geometry.patch_size_level0)
-            for s in sources} == {"flat/1": ([[10, 0]], 40), "tall/1": ([[0, 15]], 33)}  # fmt: skip
+            for s in sources} == {
+        "flat/1": ([[10, 0]], 40), "flat/3": ([[0, 0]], 48), "tall/1": ([[0, 15]], 33),
+    }  # fmt: skip
     assert sorted(problems) == ["flat/2", "slide/1"]
     assert all("expected coordinates" in reason for reason in problems.values())
 
