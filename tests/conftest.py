@@ -33,6 +33,7 @@ LONG = (
     "test_notebook",
     "test_rendered",
     "test_heatmap",
+    "test_which_slides",
     "test_start_pages",
     "test_by_task",
     "test_real_pictures",

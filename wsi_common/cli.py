@@ -160,6 +160,7 @@ def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[
         print(f"error: {line}", file=sys.stderr)
         return 2
     finally:
+        _give_up_claims()
         _leave_process_group()
 
 
@@ -186,6 +187,13 @@ def explain_os_error(error: OSError) -> str:
         f"{where}expected a place that can be read and written, found: {reason}; finished work is "
         "kept: mend that or choose another output, and start again"
     )
+
+
+def _give_up_claims() -> None:
+    if "wsi_common.run" in sys.modules:  # as below
+        from wsi_common.run import give_up_claims
+
+        give_up_claims()
 
 
 def _leave_process_group() -> None:

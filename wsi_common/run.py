@@ -39,7 +39,9 @@ from wsi_common.tracking import (
     make_tracking,
 )
 
-CLAIM = {"run.json", "config.yaml", "environment.json"}  # what `open_run` itself writes
+STAMP = "run.json"
+CLAIM = {STAMP, "config.yaml", "environment.json"}  # what `open_run` itself writes
+_claimed = list[Path]()  # directories that this process has opened
 
 
 class Run:
@@ -136,13 +138,11 @@ def open_run(
     """
     path = Path(output)
     identified = {"config": _resolve_precision(identity(config), world), "inputs": inputs}
-    stamp = path / "run.json"
+    stamp = path / STAMP
     if world.is_main:
         path.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _clear(path)
-        if {entry.name for entry in path.iterdir()} <= CLAIM:
-            stamp.unlink(missing_ok=True)  # of a run that ended before it had anything to keep
         if not stamp.is_file() and any(path.glob("checkpoint_*.pt")):
             raise unknown_origin(path, "checkpoints", stamp.name)
         can_reuse(
@@ -155,12 +155,23 @@ def open_run(
         write_text(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         write_json(path / "environment.json", environment(world.device))
         write_json(stamp, identified)
+        _claimed.append(path)
     barrier()
     finished = path / "results.json"
     results = read_json(finished, "a run's results") if finished.is_file() else None
     tracker = tracker if world.is_main else None
     tracking = make_tracking(tracker, path, to_dict(config), label)
     return Run(path, results, tracking, world.is_main)
+
+
+def give_up_claims() -> None:
+    """Leave the directories of this process to other settings where nothing else was written into
+    them, as after an error before the first step.
+    """
+    while _claimed:
+        path = _claimed.pop()
+        if path.is_dir() and {entry.name for entry in path.iterdir()} <= CLAIM:
+            (path / STAMP).unlink(missing_ok=True)
 
 
 def _resolve_precision(settings: dict[str, Any], world: World) -> dict[str, Any]:

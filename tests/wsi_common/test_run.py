@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from wsi_common import device
+from wsi_common import cli, device
 from wsi_common.checkpoint import (
     load_checkpoint,
     load_tensors,
@@ -96,12 +96,20 @@ def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     assert start(tmp_path / "r", Config(lr=0.2), overwrite=True, labels="a").results is None
 
 
-def test_a_run_that_ended_before_it_had_anything_to_keep_gives_its_folder_up(
-    tmp_path: Path,
+def test_a_script_that_fails_before_it_has_anything_to_keep_gives_its_folder_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start(tmp_path / "r", Config(), labels="a")
-    run = start(tmp_path / "r", Config(lr=0.2), labels="a")
-    run.log({"loss": 1.0})
+    def fail(config: Config, *lines: float) -> int:
+        run = start(tmp_path / "r", config, labels="a")
+        with pytest.raises(UserError, match="another run"):  # by another script, meanwhile
+            start(tmp_path / "r", Config(lr=0.5), labels="a")
+        for loss in lines:
+            run.log({"loss": loss})
+        raise UserError("expected weights, found none")
+
+    assert cli.run(fail, Config, ["lr=0.3"]) == 2
+    assert cli.run(lambda config: fail(config, 1.0), Config, ["lr=0.2"]) == 2
+    assert capsys.readouterr().err.count("expected weights, found none") == 2
     with pytest.raises(UserError, match=r"config.lr 0.2 -> 0.1"):
         start(tmp_path / "r", Config(), labels="a")
 
@@ -144,7 +152,7 @@ def test_a_run_does_not_go_on_in_the_arithmetic_of_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "_cpu_has_bf16", lambda: True)
-    open_run(tmp_path, Precise(), WORLD, inputs={}).log({"loss": 1.0})
+    open_run(tmp_path, Precise(), WORLD, inputs={})
     open_run(tmp_path, Precise("bf16"), WORLD, inputs={})
     monkeypatch.setattr(device, "_cpu_has_bf16", lambda: False)
     with pytest.raises(UserError, match="config.precision 'bf16' -> 'fp32'"):

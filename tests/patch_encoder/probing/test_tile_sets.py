@@ -106,7 +106,8 @@ def test_a_bad_table_is_one_line(lines: list[str], message: str, tmp_path: Path)
 
 def test_a_bad_folder_or_expression_is_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "a").mkdir(parents=True)
-    with pytest.raises(UserError, match="sub-folder of pictures .* per class, found 1 .* and 0 "):
+    (tmp_path / "empty" / "loose.png").touch()
+    with pytest.raises(UserError, match="sub-folder of pictures .* per class, found 1 .* and 1 "):
         read_tile_set(tmp_path / "empty")
     for options, message in (
         (
