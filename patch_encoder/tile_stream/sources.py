@@ -112,11 +112,14 @@ def find_sources(
     found, files = _find_files(slides, coords, labels, selection, tile_pattern, pictures)
     problems |= found.problems
     where = f"coords={coords}" if coords else BESIDE_IT
+    # where other files have coordinates, those without have lost theirs
+    tiled = {path.parent for path in found.slides.values() if files(path)}
     sources = []
     for name, path in progress(found.slides.items(), "tile positions", len(found.slides), "slides"):
         known = found.mpps.get(name) or mpp
         try:
-            coordinates = _read_positions(path, files(path), known, tile_pattern, where)
+            own = not coords and (path.is_dir() or path.parent not in tiled)
+            coordinates = _read_positions(path, files(path), known, tile_pattern, where, own)
         except UserError as error:
             problems[name] = str(error)
             continue
@@ -174,9 +177,10 @@ def _list_beside(path: Path) -> list[Path]:
 
 
 def _read_positions(
-    path: Path, files: Sequence[Path], mpp: float | None, pattern: str, where: str
+    path: Path, files: Sequence[Path], mpp: float | None, pattern: str, where: str, own: bool
 ) -> Coordinates:
-    """The tiles of a slide, or those of a tile folder or picture without coordinates beside it.
+    """The tiles of a slide; without coordinates, where `own` allows it, those of a tile folder or
+    of a picture.
 
     Raises:
         UserError: none, several files of them, unreadable ones, or those of another slide.
@@ -192,7 +196,7 @@ def _read_positions(
         coordinates = LAYOUTS[detect_layout(files[0])].read(files[0], source)
         if coordinates.slide_fingerprint:
             check_fingerprint(path, coordinates.slide_fingerprint, "its coordinates")
-    elif where == BESIDE_IT and (path.is_dir() or suffix_of(path) in MAYBE_TILES):
+    elif own and (path.is_dir() or suffix_of(path) in MAYBE_TILES):
         coordinates = _take_own_tiles(path, source, pattern)
     if coordinates is None:
         raise UserError(

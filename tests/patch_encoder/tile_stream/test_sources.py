@@ -166,6 +166,10 @@ def test_a_picture_without_coordinates_is_one_tile_and_a_slide_is_not(tmp_path: 
         "flat/1": ([[10, 0]], 40), "flat/3": ([[0, 0]], 48), "tall/1": ([[0, 15]], 33),
     }  # fmt: skip
     assert sorted(problems) == ["flat/2", "slide/1"]
+    np.save(tmp_path / "flat" / "3.npy", np.array([[0, 0]]))  # where one has corners, all need them
+    names = [s.name for s in find_sources(tmp_path, problems, pictures=True)]
+    assert names == ["flat/3", "tall/1"]
+    assert sorted(problems) == ["flat/1", "flat/2", "slide/1"]
     assert all("expected coordinates" in reason for reason in problems.values())
 
 
