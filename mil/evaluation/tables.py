@@ -62,7 +62,7 @@ def write_evaluation(
     samples = resample_metrics(finished, task, resamples, seed)
     tables = [Table("results", write_results(output, finished, task))]
     summary = summarise_sets(finished, task, samples)
-    _warn_of_intervals(summary, task, resamples)
+    _warn_of_intervals(output, summary, task, resamples)
     found = {"summary": summary_rows(summary, task.metrics)}
     name, rows = comparison_table(finished, task, samples)
     found[name] = rows
@@ -80,7 +80,10 @@ def write_evaluation(
 
 
 def _warn_of_intervals(
-    summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task, resamples: int
+    output: Path,
+    summary: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    task: Task,
+    resamples: int,
 ) -> None:
     """Say which metrics have no interval for want of patients, and when many resamples had no
     value. A single model without one has a value that no resample changes, such as an AUC of 1.
@@ -89,15 +92,15 @@ def _warn_of_intervals(
     without = [m for m in task.metrics if all(values[f"{m}_ci"] is None for values in models)]
     if without:
         logger.warning(
-            "no 95 %% interval of %s: too few test patients of a class; see "
+            "%s: no 95 %% interval of %s: too few test patients of a class; see "
             "docs/guides/evaluation.md",
-            ", ".join(without),
+            *(output, ", ".join(without)),
         )
     skipped = max(values["resamples_skipped"] for values in models)
     if skipped >= MANY_SKIPPED * resamples:
         logger.warning(
-            "%d of %d resamples lack a class and count in no interval: the intervals are rough",
-            *(skipped, resamples),
+            "%s: %d of %d resamples lack a class and count in no interval: the intervals are rough",
+            *(output, skipped, resamples),
         )
 
 
