@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from detection_kd.engine import ModelInTraining, start_training
+from detection_kd.graded_patches.graded_set import UNGRADED
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.patch_augmentation import PatchAugmentationKeys, augment_patches
 from detection_kd.graded_patches.patch_loader import PatchBatch, make_patch_loader
@@ -149,7 +150,7 @@ class ResolutionRun:
 
 
 def train_one_epoch(job: ResolutionRun, training: ModelInTraining, epoch: int) -> dict[str, float]:
-    """Train on every patch at least once, on all grades equally often.
+    """Train on every patch at least once, on all grades equally often, and on ungraded ones once.
 
     Returns:
         The means of the loss and its terms over steps and processes, and where the time went.
@@ -157,7 +158,9 @@ def train_one_epoch(job: ResolutionRun, training: ModelInTraining, epoch: int) -
     config, world, optimizer = job.config, job.world, training.optimizer
     # what a trunk draws does not depend on earlier epochs
     seed_everything((config.seed * 100_003 + epoch) * 1_009 + world.rank)
-    order = balance_epoch(job.train.patches.labels, config.seed, epoch, config.batch_size)
+    labels = job.train.patches.labels
+    order = balance_epoch(labels, config.seed, epoch, config.batch_size, once=UNGRADED)
+    graded_share = float((labels[order] != UNGRADED).mean())
     options = {"workers": job.workers, "seed": config.seed, "epoch": epoch}
     batches = make_patch_loader(job.train, order, config.batch_size, world, **options)
     steps = len(order) // config.batch_size
@@ -176,7 +179,7 @@ def train_one_epoch(job: ResolutionRun, training: ModelInTraining, epoch: int) -
         rate = {"warmup": config.warmup_steps, "drop": drop}
         set_lr(optimizer, lr_factor(config.schedule, step, config.epochs * steps, **rate))
         optimizer.zero_grad(set_to_none=True)
-        terms = compute_terms(job, training, view, batch.labels, teacher)
+        terms = compute_terms(job, training, view, batch.labels, teacher, graded_share)
         names = job.train.patches.select(batch.draws.samples[:4]).names
         require_finite(terms["loss"], f"patches {names}...", terms, remedy=REMEDY)
         norm = training.take_step(terms["loss"], config.clip_norm)
@@ -206,6 +209,7 @@ def compute_terms(
     view: Tensor,
     labels: Tensor,
     teacher: GradingOutput | None,
+    graded_share: float,
 ) -> dict[str, Tensor]:
     """The loss of a batch and the terms that add up to it, each a scalar; `loss` has a gradient."""
     pixels = reduce_resolution(view, job.config.ratio)
@@ -215,7 +219,7 @@ def compute_terms(
     if teacher is not None:
         heads = (training.plain.head, job.teacher.head)  # type: ignore[union-attr]
         pair = PairedOutputs(student, teacher, *heads, job.config.terms)
-    loss, terms = resolution_loss(student.logits, labels, job.weights, pair)
+    loss, terms = resolution_loss(student.logits, labels, job.weights, pair, graded_share)
     return {"loss": loss} | {f"loss_{name}": term.detach() for name, term in terms.items()}
 
 
@@ -287,6 +291,11 @@ def check_settings(config: Config) -> dict[str, float]:
             f"teacher_checkpoint={config.teacher_checkpoint or 'none'}: expected a teacher where a "
             f"term has a weight, and none elsewhere, found {', '.join(weights) or 'no term'}; set "
             "teacher_checkpoint= and terms.kd= or another term"
+        )
+    if config.data.ungraded and not weights:
+        raise UserError(
+            f"data.ungraded={config.data.ungraded}: expected a teacher that grades these patches, "
+            "found none; set teacher_checkpoint= and terms.kd= or another term"
         )
     if config.cache_teacher:
         check_kept_maps(config.augmentation, config.terms.needs_inner())

@@ -16,7 +16,7 @@ from tests.detection_kd import d2vfm_runs, distillation_sets
 from tests.detection_kd.detector_runs import SMALL_TRUNK, TINY, write_detection_sets
 from tests.detection_kd.grading_runs import TINY as TINY_GRADER
 from tests.detection_kd.grading_runs import train as train_grader
-from tests.detection_kd.grading_runs import write_graded_set
+from tests.detection_kd.grading_runs import write_graded_set, write_ungraded
 from tests.detection_kd.mitosis_runs import TINY as TINY_LOCALISER
 from tests.detection_kd.mitosis_runs import write_mitosis_set, write_some_kept
 from tests.mil.conftest import write_cohort
@@ -246,9 +246,12 @@ def graded_inputs(folder: Path) -> list[str]:
 
 
 def graded_teacher_inputs(folder: Path) -> list[str]:
-    """The same, a teacher of them, and a student that sees a quarter of the pixels."""
+    """The same, a teacher of them, and a student that sees a quarter of the pixels, and further
+    patches without a grade.
+    """
     inputs = graded_inputs(folder)
     teacher = train_grader(inputs, folder / "teacher", "epochs=2")
+    inputs.append(write_ungraded(folder / "further"))
     return [*inputs, f"teacher_checkpoint={teacher}/checkpoint_best.pt", "ratio=2"]
 
 

@@ -13,7 +13,11 @@ PURPOSE = 0x5A3B1E  # tells these draws from others of the same seed and epoch
 
 
 def balance_epoch(
-    labels: Int[np.ndarray, " n"], seed: int, epoch: int, multiple: int = 1
+    labels: Int[np.ndarray, " n"],
+    seed: int,
+    epoch: int,
+    multiple: int = 1,
+    once: int | None = None,
 ) -> Int[np.ndarray, " m"]:
     """The samples of one epoch in their order, each class as often as the largest.
 
@@ -26,13 +30,15 @@ def balance_epoch(
         epoch: how many came before.
         multiple: the epoch is filled up to a multiple of this (of samples per optimiser step),
             with samples from its start, so that no sample falls out of a last, smaller batch.
+        once: label of samples that are of no class: each is met once.
     """
     rng = np.random.default_rng((seed % 2**64, epoch, PURPOSE))
     classes, counts = np.unique(labels, return_counts=True)
-    parts = [np.empty(0, np.int64)]
-    for label, count in zip(classes, counts):
+    most = max(counts[classes != once].tolist(), default=0)
+    parts = [np.flatnonzero(labels == once)]
+    for label, count in zip(classes[classes != once], counts[classes != once]):
         members = np.flatnonzero(labels == label)
-        times, rest = divmod(int(counts.max()), int(count))
+        times, rest = divmod(most, int(count))
         parts += [np.tile(members, times), rng.permutation(members)[:rest]]
     order = rng.permutation(np.concatenate(parts))
     return np.resize(order, -(-len(order) // multiple) * multiple)

@@ -12,6 +12,9 @@ from jaxtyping import Bool, Int64
 
 from wsi_common.errors import UserError
 
+UNGRADED = -100
+"""Label of a patch that nobody has graded; PyTorch's cross-entropy leaves it out."""
+
 
 @dataclass(frozen=True)
 class GradedPatch:
@@ -20,7 +23,7 @@ class GradedPatch:
     Attributes:
         path: its picture, or the slide that it is cut from. The file need not be there while only
             labels are looked at.
-        label: index of its grade.
+        label: index of its grade, or UNGRADED.
         slide: slide (biopsy) that it comes from.
         case: patient, who is never on two sides of a split.
         position: (x, y) of its top-left corner in level-0 px of the slide; None: unknown.
@@ -62,7 +65,7 @@ class GradedSet:
 
     @property
     def labels(self) -> Int64[np.ndarray, " n"]:
-        """Index of the grade of every patch."""
+        """Index of the grade of every patch, or UNGRADED."""
         return np.array([patch.label for patch in self.patches], np.int64)
 
     @property

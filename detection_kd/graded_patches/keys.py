@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles
+from detection_kd.graded_patches.graded_set import make_graded_set
+from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles, read_ungraded_tiles
 from detection_kd.graded_patches.sicapv2 import GRADES, read_published_fold
-from detection_kd.graded_patches.splits import GradedSplit, check_split, split_by_case
+from detection_kd.graded_patches.splits import (
+    GradedSplit,
+    check_apart,
+    check_split,
+    split_by_case,
+)
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
 
@@ -29,6 +35,12 @@ class GradedSetKeys:
     group: str = key("", "regular expression; file names with the same match are one case")
     slides: str = key("", "folder of slides, for a CSV of places on them", path=True)
     mpp: float | None = key(None, "um per pixel at which patches are cut from slides")
+    ungraded: str = key(
+        "",
+        "further training patches, which only the teacher grades; a folder of pictures or a CSV "
+        "like source, without labels",
+        path=True,
+    )
     folds: int = key(5, "folds that are drawn by case; SICAPv2 publishes its own 4", least=2)
     fold: int = key(1, "fold of this run, from 1 on", least=1)
 
@@ -37,8 +49,20 @@ def read_graded_split(keys: GradedSetKeys, seed: int) -> GradedSplit:
     """Read a graded set and its split; the same seed draws the same folds.
 
     Raises:
-        UserError: one line, as its reader and `split_by_case` say.
+        UserError: one line, as its readers, `split_by_case` and `check_apart` say.
     """
+    split = _read_graded(keys, seed)
+    if not keys.ungraded:
+        return split
+    grades, mpp = split.train.grades, split.train.mpp
+    further = read_ungraded_tiles(keys.ungraded, grades, keys.group, keys.slides, mpp)
+    patches = (*split.train.patches, *further.patches)
+    train = make_graded_set(patches, grades, keys.ungraded, mpp)
+    check_apart({"ungraded": further, "val": split.val, "test": split.test}, "cases")
+    return replace(split, train=train)
+
+
+def _read_graded(keys: GradedSetKeys, seed: int) -> GradedSplit:
     if keys.format == "tiles":
         patches = read_labelled_tiles(
             keys.source, keys.grades, keys.where, keys.group, keys.slides, keys.mpp

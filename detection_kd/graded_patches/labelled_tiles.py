@@ -12,7 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from detection_kd.graded_patches.graded_set import GradedPatch, GradedSet, make_graded_set
+from detection_kd.graded_patches.graded_set import (
+    UNGRADED,
+    GradedPatch,
+    GradedSet,
+    make_graded_set,
+)
 from patch_encoder.cohort.slide_files import find_slides
 from patch_encoder.probing.tile_sets import LabelledTile, TileSet, read_tile_set
 from wsi_common.errors import UserError, did_you_mean
@@ -43,22 +48,54 @@ def read_labelled_tiles(
     tiles = read_tile_set(source, where, group=group)
     names = tuple(grades) or tiles.classes
     _check_grades(tiles, names)
+    return _make_set(tiles, names, slides, mpp)
+
+
+def read_ungraded_tiles(
+    source: str | Path,
+    grades: tuple[str, ...],
+    group: str = "",
+    slides: str | Path = "",
+    mpp: float | None = None,
+) -> GradedSet:
+    """Read patches that nobody has graded; columns `label` and `split` are not looked at.
+
+    Args:
+        source: a folder of pictures at any depth, or the CSV.
+        grades: of the set that they are added to.
+        group, slides, mpp: as for `read_labelled_tiles`.
+
+    Raises:
+        UserError: what `read_tile_set` refuses, places without slides and mpp, pictures with mpp.
+    """
+    return _make_set(read_tile_set(source, group=group, labelled=False), grades, slides, mpp)
+
+
+def _make_set(
+    tiles: TileSet, grades: tuple[str, ...], slides: str | Path, mpp: float | None
+) -> GradedSet:
+    """The patches of these tiles, at these places or in these pictures."""
+    source = tiles.source
     if tiles.pictures:
         if mpp is not None:
             raise UserError(
                 f"mpp={mpp}: expected it for places on slides, found pictures; unset it"
             )
         patches = [
-            GradedPatch(path, names.index(tile.label), tile.group, tile.group, split=tile.split)
+            GradedPatch(path, _number(tile, grades), tile.group, tile.group, split=tile.split)
             for tile, path in zip(tiles.tiles, tiles.pictures, strict=True)
         ]
-        return make_graded_set(patches, names, source)
+        return make_graded_set(patches, grades, source)
     if not slides or mpp is None:
         raise UserError(
             f"{source}: it lists places on slides; expected slides= and mpp= to cut them, found "
             f"slides={slides or 'nothing'} and mpp={mpp}"
         )
-    return make_graded_set(_place_on_slides(tiles, names, Path(slides)), names, source, mpp)
+    return make_graded_set(_place_on_slides(tiles, grades, Path(slides)), grades, source, mpp)
+
+
+def _number(tile: LabelledTile, grades: tuple[str, ...]) -> int:
+    return grades.index(tile.label) if tile.label else UNGRADED
 
 
 def _check_grades(tiles: TileSet, grades: tuple[str, ...]) -> None:
@@ -96,4 +133,4 @@ def _make_patch(
     position: tuple[int, int],
     path: Path,
 ) -> GradedPatch:
-    return GradedPatch(path, grades.index(tile.label), slide, tile.group, position, tile.split)
+    return GradedPatch(path, _number(tile, grades), slide, tile.group, position, tile.split)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,16 +78,7 @@ def check_split(split: GradedSplit, apart: str = "cases") -> None:
     Raises:
         UserError: see above; one line.
     """
-    seen: dict[str, str] = {}
-    for name, side in split.sides():
-        own = sorted(set(getattr(side, apart).tolist()))
-        shared = [value for value in own if value in seen]
-        if shared:
-            raise UserError(
-                f"split: expected the {apart} of every side apart, found {len(shared)} in "
-                f"{seen[shared[0]]} and {name}, first '{shared[0]}'"
-            )
-        seen.update(dict.fromkeys(own, name))
+    check_apart(dict(split.sides()), apart)
     for name, side in split.sides():
         counts = side.count_grades()
         absent = [grade for grade, count in counts.items() if not count]
@@ -98,3 +89,25 @@ def check_split(split: GradedSplit, apart: str = "cases") -> None:
             )
         if absent:
             logger.warning("%s: no patch of %s", name, ", ".join(absent))
+
+
+def check_apart(sides: Mapping[str, GradedSet], apart: str) -> None:
+    """Refuse a case on two sides.
+
+    Args:
+        sides: by name.
+        apart: as for `check_split`.
+
+    Raises:
+        UserError: see above; one line.
+    """
+    seen: dict[str, str] = {}
+    for name, side in sides.items():
+        own = sorted(set(getattr(side, apart).tolist()))
+        shared = [value for value in own if value in seen]
+        if shared:
+            raise UserError(
+                f"split: expected the {apart} of every side apart, found {len(shared)} in "
+                f"{seen[shared[0]]} and {name}, first '{shared[0]}'"
+            )
+        seen.update(dict.fromkeys(own, name))

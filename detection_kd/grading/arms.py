@@ -184,6 +184,7 @@ def _name_arm(described: dict[str, Any]) -> ArmName:
     terms = " + ".join(f"{name} {weight:g}" for name, weight in described["terms"].items())
     if terms:
         terms = ", ".join([terms, *_name_changes(described["training"]["terms"])])
+        terms += ", ungraded patches" if described["training"]["data"]["ungraded"] else ""
     form = "full" if ratio == 1 else "enlarged" if keys["enlarged"] else "native"
     return ArmName(ratio, form, trunk, terms or PLAIN)
 

@@ -34,9 +34,12 @@ def name_colour(ratio: int) -> ArmName:
 
 
 def read_settings(run: GraderRun) -> dict[str, Any]:
-    """The settings of a run's data, from its checkpoint: `data`, `split_seed` and `tile_size`."""
+    """The settings of a run's graded data, from its checkpoint: `data`, `split_seed`,
+    `tile_size`.
+    """
     training = load_checkpoint(run.checkpoint)["config"]["training"]
-    return {name: training[name] for name in ("data", "split_seed", "tile_size")}
+    settings = {name: training[name] for name in ("split_seed", "tile_size")}
+    return {**settings, "data": {**training["data"], "ungraded": ""}}
 
 
 def read_split_of(run: GraderRun, settings: Mapping[str, Any]) -> GradedSplit:

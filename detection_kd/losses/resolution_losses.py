@@ -186,20 +186,25 @@ def resolution_loss(
     labels: Int[Tensor, " b"],
     weights: dict[str, float],
     pair: PairedOutputs | None = None,
+    graded_share: float = 1.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The loss, and the terms that add up to it.
 
     Args:
         logits: the student's.
-        labels: ordered grades, 0 the lowest.
+        labels: ordered grades, 0 the lowest; -100, ungraded, takes part in the other terms alone.
         weights: of the terms that are on, see `ResolutionTerms.weights`.
         pair: student and teacher; may be left out where no term is on.
+        graded_share: of the patches of an epoch. The cross-entropy is divided by it, and by the
+            patches of the batch: the mean over an epoch is that of its graded patches, and several
+            processes whose batches hold different numbers of these train as one.
 
     Returns:
         The sum, and its terms by name (`ce` and those of `weights`), each with its weight applied.
     """
     assert pair is not None or not weights
-    terms = {"ce": F.cross_entropy(logits, labels)}
+    found = F.cross_entropy(logits, labels, reduction="sum")  # 0 for a label of -100
+    terms = {"ce": found / (graded_share * len(labels))}
     for name, weight in weights.items():
         terms[name] = weight * TERMS[name](pair)  # type: ignore[arg-type]
     return sum(terms.values(), logits.new_zeros(())), terms

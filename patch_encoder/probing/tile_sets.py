@@ -5,6 +5,9 @@ slides whose features are stored.
     image,label[,group][,split]                    pictures, paths from the table's folder
     slide_id,x,y,label[,case_id][,split]           tiles of feature bags, corners as in `coords`
 
+Where no labels are asked for, pictures may lie anywhere below a folder, and a table needs neither
+label nor split.
+
 Tiles of one group (a slide, a patient) are never on both sides of a split; a tile of a picture is
 a group of its own unless it is said otherwise. Tiles of a slide are of its case, else of the slide.
 """
@@ -40,7 +43,7 @@ class LabelledTile:
 
     Attributes:
         name: path of the picture below the folder (or as the table has it), or `slide_id:x,y`.
-        label: its class.
+        label: its class; empty where none is asked for.
         group: what it must not be separated from.
         split: train, test, or empty: folds are drawn.
         path: of the picture; None: the tile of a bag.
@@ -120,6 +123,7 @@ def read_tile_set(
     test_where: str = "",
     group: str = "",
     positive: str | None = None,
+    labelled: bool = True,
 ) -> TileSet:
     """Read a folder or a table.
 
@@ -130,13 +134,17 @@ def read_tile_set(
             are trained on. Empty: by the column `split`, else folds are drawn.
         group: regular expression; pictures whose file names have the same match are one group.
         positive: label of the positive class; None: the last one by alphabet.
+        labelled: False: tiles without labels and classes.
 
     Raises:
         UserError: no such place, no tiles, an unreadable table, a picture that is not there, a tile
             that is there twice, fewer than two classes; a line each.
     """
     path = Path(source)
-    found = list(_read_folder(path) if path.is_dir() else _read_table(path))
+    if not path.exists():
+        raise UserError(f"{path}: expected a folder of pictures or a CSV, found nothing there")
+    read = _read_folder if path.is_dir() else _read_table
+    found = list(read(path, labelled))
     tiles = [tile for tile in found if _compile("where", where).search(tile.name)]
     if not tiles:
         raise UserError(f"where={where}: expected it in the name of a tile, found it in none")
@@ -147,7 +155,8 @@ def read_tile_set(
         raise UserError(
             f"{path}: expected each tile once, found {len(twice)} more often, first '{twice[0]}'"
         )
-    return TileSet(path, tuple(tiles), tuple(list_class_names(tiles, positive)))
+    classes = list_class_names(tiles, positive) if labelled else ()
+    return TileSet(path, tuple(tiles), tuple(classes))
 
 
 def read_picture_set(source: str | Path, where: str = "") -> TileSet:
@@ -175,16 +184,18 @@ def _compile(name: str, pattern: str) -> re.Pattern[str]:
         raise UserError(f"{name}={pattern}: expected a regular expression, found {error}") from None
 
 
-def _read_folder(root: Path) -> Iterator[LabelledTile]:
+def _read_folder(root: Path, labelled: bool) -> Iterator[LabelledTile]:
     folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir()]
     found = False
-    for folder in folders:
+    for folder in folders if labelled else [root]:
         for path in sorted(folder.rglob("*")):
             if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
                 name, found = path.relative_to(root).as_posix(), True
-                yield LabelledTile(name, folder.name, name, path=path)
+                yield LabelledTile(name, folder.name if labelled else "", name, path=path)
+    kinds = ", ".join(sorted(SUFFIXES))
+    if not found and not labelled:
+        raise UserError(f"{root}: expected pictures ({kinds}) below it, found none")
     if not found:
-        kinds = ", ".join(sorted(SUFFIXES))
         loose = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
         raise UserError(
             f"{root}: expected a sub-folder of pictures ({kinds}) per class, found "
@@ -193,17 +204,18 @@ def _read_folder(root: Path) -> Iterator[LabelledTile]:
         )
 
 
-def _read_table(path: Path) -> Iterator[LabelledTile]:
-    rows = read_rows(path, ("label",))
+def _read_table(path: Path, labelled: bool) -> Iterator[LabelledTile]:
+    wanted = ("label",) if labelled else ()
+    rows = read_rows(path, wanted)
     read: Callable[..., LabelledTile] = _read_picture if "image" in rows[0][1] else _read_place
     if read is _read_place:
-        read_rows(path, ("slide_id", "x", "y", "label"))  # says which column is missing
-    split = "split" in rows[0][1]
+        read_rows(path, ("slide_id", "x", "y", *wanted))  # says which column is missing
+    split = labelled and "split" in rows[0][1]
     absent = []
     for line, row in rows:
         if split and not row["split"]:
             continue
-        if not row["label"]:
+        if labelled and not row["label"]:
             raise UserError(f"{path} line {line}: expected a label, found an empty cell")
         tile = read(path, line, row)
         absent += [tile.path] if tile.path and not tile.path.is_file() else []
@@ -228,7 +240,8 @@ def _read_picture(path: Path, line: int, row: dict[str, str]) -> LabelledTile:
     name = row["image"]
     if not name:
         raise UserError(f"{path} line {line}: expected an image, found an empty cell")
-    return LabelledTile(name, row["label"], row.get("group") or name, path=path.parent / name)
+    group = row.get("group") or name
+    return LabelledTile(name, row.get("label", ""), group, path=path.parent / name)
 
 
 def _read_place(path: Path, line: int, row: dict[str, str]) -> LabelledTile:
@@ -243,7 +256,7 @@ def _read_place(path: Path, line: int, row: dict[str, str]) -> LabelledTile:
     if not slide:
         raise UserError(f"{path} line {line}: expected a slide_id, found an empty cell")
     name = f"{slide}:{place[1]},{place[2]}"
-    return LabelledTile(name, row["label"], row.get("case_id") or slide, place=place)
+    return LabelledTile(name, row.get("label", ""), row.get("case_id") or slide, place=place)
 
 
 def _set_groups(tiles: Sequence[LabelledTile], pattern: str) -> list[LabelledTile]:

@@ -55,6 +55,16 @@ def write_graded_set(folder: Path, per_grade: int = 3) -> list[str]:
     return [source, f"data.grades=[{','.join(GRADES)}]", "data.folds=3"]
 
 
+def write_ungraded(folder: Path, count: int = 7) -> str:
+    """Pictures of all grades below a folder, which do not say which; the argument that names it."""
+    rng = np.random.default_rng(1)
+    for number in range(count):
+        path = folder / f"slide{number % 2}" / f"further{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_patch(rng, number % len(GRADES))).save(path)
+    return f"data.ungraded={folder}"
+
+
 def train(inputs: list[str], output: Path, *settings: str) -> Path:
     """A finished training in this process."""
     given = [*inputs, *TINY, *settings, f"output={output}"]

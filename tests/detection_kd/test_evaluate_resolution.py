@@ -232,13 +232,18 @@ def test_an_arm_is_named_by_how_its_terms_are_computed() -> None:
         "network": {"trunk": "small", "removed_strides": 0, "enlarged": False},
         "scale": {"ratio": 4},
         "terms": {"kd": 1.0, "at_plus": 10.0},
-        "training": {"terms": asdict(ResolutionTerms(kd=1.0, at_plus=10.0))},
+        "training": {
+            "terms": asdict(ResolutionTerms(kd=1.0, at_plus=10.0)),
+            "data": {"ungraded": ""},
+        },
     }
     assert _name_arm(described).terms == "kd 1 + at_plus 10"
     described["training"]["terms"] |= {"temperature": 2.0, "level": -2, "one_sided": True}
     assert (
         _name_arm(described).terms == "kd 1 + at_plus 10, temperature 2, one_sided True, level -2"
     )
+    described["training"]["data"]["ungraded"] = "further"
+    assert _name_arm(described).terms.endswith("level -2, ungraded patches")
     described["terms"] = {}
     assert _name_arm(described).terms == "ce"
 

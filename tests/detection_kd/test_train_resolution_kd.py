@@ -21,7 +21,14 @@ from detection_kd.graded_patches.splits import GradedSplit
 from detection_kd.grading.grade_predictions import predict_grades
 from detection_kd.models.low_resolution import load_grading_network
 from detection_kd.train_resolution_kd import ask_teacher, open_job, prepare_training
-from tests.detection_kd.grading_runs import GRADES, SIDE, configure, train, write_graded_set
+from tests.detection_kd.grading_runs import (
+    GRADES,
+    SIDE,
+    configure,
+    train,
+    write_graded_set,
+    write_ungraded,
+)
 from tests.training_harness import read_epochs
 from wsi_common.distributed import World
 from wsi_common.errors import UserError
@@ -124,6 +131,25 @@ def test_the_student_checkpoint_says_what_it_sees_and_learned_from(
     assert set(described["inputs"]) == {"train", "val", "test", "teacher"}
 
 
+def test_ungraded_patches_teach_through_the_teacher(
+    student_inputs: list[str], tmp_path: Path
+) -> None:
+    """One epoch with 36 of them has as many steps more; the labels' term stays that of labels."""
+    further = write_ungraded(tmp_path / "further", 36)
+    settings = ("terms.kd=1", "epochs=1", "lr=0", "augmentation.symmetry=false")
+    lines = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (
+            train(student_inputs, tmp_path / "plain", *settings, "log_every=1"),
+            train([*student_inputs, further], tmp_path / "more", *settings, "log_every=1"),
+        )
+    ]
+    assert len(lines[1]) - len(lines[0]) == 6
+    graded = [own[-1]["loss_ce"] for own in lines]
+    assert graded[0] == pytest.approx(graded[1], rel=1e-5)
+    assert lines[0][-1]["loss_kd"] != pytest.approx(lines[1][-1]["loss_kd"], rel=1e-3)
+
+
 @pytest.mark.parametrize("level", [-1, -2])
 def test_a_teacher_keeps_nothing_for_a_backward_pass(
     student_inputs: list[str], tmp_path: Path, level: int
@@ -188,6 +214,7 @@ def test_a_training_on_other_patches_is_not_resumed(inputs: list[str], tmp_path:
         (["tile_size=64"], "expected a square picture of at least 64 px"),
         (["batch_size=5", "data.grades=[low,high]"], "expected labels among grades=low,high"),
         (["augmentation.rotation=200"], "rotation <= 180"),
+        (["data.ungraded=tests"], "data.ungraded=tests: expected a teacher that grades"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

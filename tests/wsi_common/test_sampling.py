@@ -42,6 +42,14 @@ def test_an_epoch_is_filled_up_to_whole_batches_and_loses_nothing() -> None:
     assert np.array_equal(filled[:100], plain) and np.array_equal(filled[100:], plain[:28])
 
 
+def test_samples_of_no_class_are_met_once() -> None:
+    """However many they are, they do not repeat the others."""
+    labels = np.repeat([0, 1, -100], [5, 3, 40])
+    met = np.bincount(balance_epoch(labels, 0, 0, once=-100), minlength=len(labels))
+    assert (met[labels == -100] == 1).all()
+    assert [met[labels == label].sum() for label in (0, 1)] == [5, 5]
+
+
 def test_one_class_and_no_sample() -> None:
     assert sorted(balance_epoch(np.ones(5, int), 0, 0)) == list(range(5))
     assert len(balance_epoch(np.empty(0, int), 0, 0, multiple=4)) == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection_kd.graded_patches.graded_set import GradedPatch, GradedSet
+from detection_kd.graded_patches.graded_set import UNGRADED, GradedPatch, GradedSet
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles
 from detection_kd.graded_patches.splits import GradedSplit, check_split, split_by_case
@@ -71,6 +71,26 @@ def test_a_table_names_cases_and_the_test_set(tmp_path: Path):
     split = read_graded_split(keys, seed=0)
     assert set(split.test.cases) == {"s3"} and len(set(split.val.cases)) == 1
     assert split.train.count_grades() == dict.fromkeys(GRADES, 2)
+
+
+def test_ungraded_patches_join_the_training_side_alone(tmp_path: Path):
+    write_pictures(tmp_path, [f"{g}/{s}_{g}.png" for g in ("high", "low") for s in "abcd"])
+    write_pictures(tmp_path / "further", ["x/e_1.png", "e_2.png"])
+    keys = GradedSetKeys(str(tmp_path), group="^[a-z]", where="high|low", folds=4)
+    plain = read_graded_split(keys, seed=0)
+    keys.ungraded = str(tmp_path / "further")
+    split = read_graded_split(keys, seed=0)
+    assert split.train.patches[:4] == plain.train.patches and split.val == plain.val
+    assert split.train.labels[4:].tolist() == [UNGRADED] * 2
+    assert split.train.cases[4:].tolist() == ["e", "e"]
+    assert split.train.count_grades() == {"high": 2, "low": 2}
+    held = plain.test.cases[0]
+    write_pictures(tmp_path / "further", [f"{held}_1.png"])
+    with pytest.raises(UserError, match=f"1 in ungraded and test, first '{held}'"):
+        read_graded_split(keys, seed=0)
+    keys.ungraded = str(tmp_path / "low")
+    with pytest.raises(UserError, match="expected every patch once, found ._low.png 2 times"):
+        read_graded_split(keys, seed=0)
 
 
 @pytest.mark.parametrize("tested", [0, 2])

@@ -132,6 +132,22 @@ def test_labels_alone_need_no_teacher() -> None:
     assert list(terms) == ["ce"] and total == F.cross_entropy(logits, LABELS)
 
 
+def test_ungraded_patches_are_in_every_term_but_the_labels() -> None:
+    """Over batches with as many or as few graded patches as may be, the mean of the cross-entropy
+    is that of all graded ones.
+    """
+    settings = ResolutionTerms(kd=1.0)
+    pair, weights = compare(settings), settings.weights()
+    logits = pair.student.logits
+    labels = torch.tensor([[0, -100, 2, 3, 3], [-100] * 5])
+    found = [resolution_loss(logits, own, weights, pair, graded_share=0.4)[1] for own in labels]
+    expected = F.cross_entropy(logits[[0, 2, 3, 4]], labels[0][[0, 2, 3, 4]])
+    torch.testing.assert_close((found[0]["ce"] + found[1]["ce"]) / 2, expected)
+    assert found[0]["kd"] == found[1]["kd"] > 0
+    (gradient,) = torch.autograd.grad(found[0]["ce"], logits, retain_graph=True)
+    assert (gradient[1] == 0).all() and (gradient[0] != 0).all()
+
+
 @pytest.mark.parametrize("order", ["at_plus", "grad_cam"])
 def test_an_earlier_level_is_compared_by_autograd(order: str) -> None:
     settings = ResolutionTerms(**{order: 1.0}, level=-2, normalisation="none")

@@ -5,6 +5,7 @@ split.
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,23 @@ def test_a_table_of_places_on_slides(tmp_path: Path) -> None:
     tiles = read_tile_set(table)
     assert [tile.place for tile in tiles.tiles] == [("007", 0, 256), ("008", 512, 0)]
     assert tiles.groups.tolist() == ["C1", "008"] and tiles.pictures == []
+
+
+def test_tiles_without_labels(folder: Path, tmp_path: Path) -> None:
+    """From pictures at any depth, loose ones among them, and from tables that say less or more."""
+    (picture,) = sorted(folder.rglob("*.png"))[:1]
+    shutil.copy(picture, folder / "loose.png")
+    tiles = read_tile_set(folder, labelled=False)
+    assert len(tiles) == len(list(folder.rglob("*.png"))) and tiles.classes == ()
+    assert {tile.label for tile in tiles.tiles} == {""} and "loose.png" in tiles.groups
+    name = picture.relative_to(tmp_path)
+    table = write_table(tmp_path / "tiles.csv", "image,group,label,split", f"{name},P1,,")
+    (tile,) = read_tile_set(table, labelled=False).tiles
+    assert (tile.label, tile.group, tile.split) == ("", "P1", "")
+    (tmp_path / "empty").mkdir()
+    for source, message in (("empty", "expected pictures .* below it"), ("gone", "found nothing")):
+        with pytest.raises(UserError, match=message):
+            read_tile_set(tmp_path / source, labelled=False)
 
 
 @pytest.mark.parametrize(
