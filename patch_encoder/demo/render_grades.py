@@ -7,7 +7,8 @@ patients. The grade lies in fine detail that a reduced resolution loses.
     python -m patch_encoder.demo.render_grades output=runs/grades seed=0
 
 Written: patches.csv (image, label, group, split, truth) with patches/<slide>/*.png, some training
-labels one grade off and `truth` the drawn grade; slides/*.tiff (biopsies, pyramids of 1 um
+labels one grade off and `truth` the drawn grade; ungraded.csv (image, group), further training
+patches without a label, where they are asked for; slides/*.tiff (biopsies, pyramids of 1 um
 per px), truth/*.png (0 on glass, else 1 + the grade's index, one px per level-0 px) and
 biopsies.csv (slide_id and the px of each grade); cohort.json (the settings). Test patches and
 biopsies are the same for every seed, so that trainings with several seeds are compared on them.
@@ -47,6 +48,8 @@ LEAST_EPITHELIUM = 0.3
 """Share of a patch that glands cover; patches of stroma alone have no grade."""
 COLOURS = (255, 255, 255, 120, 190, 120, 240, 210, 70, 235, 130, 50, 190, 40, 50)
 """Of glass and the four grades in truth/*.png."""
+UNGRADED = "ungraded"
+"""Split of patches that get no label."""
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +60,9 @@ class Config:
     output: str = key(REQUIRED, "where the results are written; the cohort", runtime=True)
     seed: int = key(0, "seed of everything that is drawn at random")
     patch_slides: int = key(12, "slides that training patches are cut from", least=1)
+    ungraded_slides: int = key(
+        0, "slides that further training patches are cut from; without labels", least=0
+    )
     test_patch_slides: int = key(24, "slides that test patches are cut from", least=1)
     patch_side: int = key(48, "side of a patch, px at 1 um")
     misread_share: float = key(
@@ -96,9 +102,16 @@ def main(config: Config) -> int:
         cut = partial(render_patches, root=root, side=config.patch_side)
         found = list(progress(run(cut, plans), "patches", len(plans), "slide"))
     rows = [row for own in found for row in own]
+    ungraded = [row for row in rows if row["split"] == UNGRADED]
+    rows = [row for row in rows if row["split"] != UNGRADED]
     mislabel(rows, config.misread_share, config.seed)
+    if ungraded:
+        columns = ("image", "group")
+        known = [{name: row[name] for name in columns} for row in ungraded]
+        write_csv(root / "ungraded.csv", columns, known)
     write_csv(root / "patches.csv", ("image", "label", "group", "split", "truth"), rows)
-    logger.info("%s: %d patches, %d biopsies", root, len(rows), config.biopsies)
+    counts = (len(rows), len(ungraded), config.biopsies)
+    logger.info("%s: %d patches, %d without a grade, %d biopsies", root, *counts)
     return 0
 
 
@@ -107,6 +120,7 @@ def check(config: Config) -> None:
     for name, low, high in (
         ("seed", 0, 2**63 - 1),
         ("patch_slides", 1, 999),
+        ("ungraded_slides", 0, 999),
         ("test_patch_slides", 1, 999),
         ("patch_side", 16, 512),
         ("misread_share", 0, 1),
@@ -120,16 +134,18 @@ def check(config: Config) -> None:
 
 
 def plan_patches(config: Config) -> list[PlannedPatches]:
-    """Every slide of training and test patches; the scanners take turns."""
+    """Every slide of training, ungraded and test patches; the scanners take turns."""
+    first, last = config.patch_slides, config.patch_slides + config.ungraded_slides
     sides = (
-        ("train", config.patch_slides, (1, config.seed)),
-        ("test", config.test_patch_slides, (2,)),
+        ("train", range(first), (1, config.seed)),
+        (UNGRADED, range(first, last), (1, config.seed)),
+        ("test", range(config.test_patch_slides), (2,)),
     )
     scanners = tuple(SCANNERS)
     return [
         PlannedPatches(f"{split}_{number:03d}", (*seed, number), scanners[number % 3], split)
-        for split, count, seed in sides
-        for number in range(count)
+        for split, numbers, seed in sides
+        for number in numbers
     ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detection_kd.graded_patches.graded_set import UNGRADED
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.patch_pixels import PatchPixels
 from patch_encoder.demo.histology.biopsy import draw_biopsy
@@ -117,6 +118,23 @@ def test_a_seed_draws_training_patches_and_no_test_patches(cohort: Path, tmp_pat
         assert digests(cohort, part) == digests(again, part)
     train = [digests(folder, "patches/train*/*.png") for folder in (cohort, other, again)]
     assert train[0] == train[2] and not set(train[0].values()) & set(train[1].values())
+
+
+def test_ungraded_patches_say_nothing_of_grades_and_change_no_others(
+    cohort: Path, tmp_path: Path
+) -> None:
+    folder = render(tmp_path / "more", ungraded_slides=2, biopsies=0)
+    assert (folder / "patches.csv").read_bytes() == (cohort / "patches.csv").read_bytes()
+    assert not (cohort / "ungraded.csv").exists()
+    rows = read_rows(folder / "ungraded.csv")
+    assert list(rows[0]) == ["image", "group"]
+    keys = GradedSetKeys(str(folder / "patches.csv"), grades=list(GRADES), folds=4)
+    keys.ungraded = str(folder / "ungraded.csv")
+    further = read_graded_split(keys, seed=0).train
+    further = further.select(further.labels == UNGRADED)
+    assert set(further.cases) == {"ungraded_004", "ungraded_005"} and len(further) == len(rows)
+    drawn = digests(folder, "patches/*/*.png")
+    assert len(set(drawn.values())) == len(drawn)
 
 
 def test_a_biopsy_has_its_truth(cohort: Path) -> None:
