@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from detection_kd.graded_patches.graded_set import make_graded_set
+from detection_kd.graded_patches.graded_set import GradedSet
 from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles, read_ungraded_tiles
 from detection_kd.graded_patches.sicapv2 import GRADES, read_published_fold
 from detection_kd.graded_patches.splits import (
@@ -49,17 +49,33 @@ def read_graded_split(keys: GradedSetKeys, seed: int) -> GradedSplit:
     """Read a graded set and its split; the same seed draws the same folds.
 
     Raises:
-        UserError: one line, as its readers, `split_by_case` and `check_apart` say.
+        UserError: one line, as its readers, `split_by_case` and `check_apart` say, or an ungraded
+            patch that is a graded one.
     """
     split = _read_graded(keys, seed)
     if not keys.ungraded:
         return split
     grades, mpp = split.train.grades, split.train.mpp
     further = read_ungraded_tiles(keys.ungraded, grades, keys.group, keys.slides, mpp)
-    patches = (*split.train.patches, *further.patches)
-    train = make_graded_set(patches, grades, keys.ungraded, mpp)
+    _check_new(further, split, keys)
     check_apart({"ungraded": further, "val": split.val, "test": split.test}, "cases")
-    return replace(split, train=train)
+    patches = (*split.train.patches, *further.patches)
+    return replace(split, train=replace(split.train, patches=patches))
+
+
+def _check_new(further: GradedSet, split: GradedSplit, keys: GradedSetKeys) -> None:
+    """Refuse graded patches among the ungraded ones, whatever case each source takes them for."""
+    graded = {
+        (patch.path.resolve(), patch.position)
+        for _, side in split.sides()
+        for patch in side.patches
+    }
+    shared = [p.path for p in further.patches if (p.path.resolve(), p.position) in graded]
+    if shared:
+        raise UserError(
+            f"{keys.ungraded}: expected patches that are not in {keys.source}, found "
+            f"{len(shared)} that are, first {shared[0].name}; leave them out"
+        )
 
 
 def _read_graded(keys: GradedSetKeys, seed: int) -> GradedSplit:

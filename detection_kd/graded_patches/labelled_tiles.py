@@ -79,7 +79,7 @@ def _make_set(
     if tiles.pictures:
         if mpp is not None:
             raise UserError(
-                f"mpp={mpp}: expected it for places on slides, found pictures; unset it"
+                f"{source}: mpp={mpp}: expected it for places on slides, found pictures; unset it"
             )
         patches = [
             GradedPatch(path, _number(tile, grades), tile.group, tile.group, split=tile.split)

@@ -140,7 +140,12 @@ def test_no_slide_id_case_id_or_path_is_shared(classifier: Path, tmp_path: Path)
         assert not [slide for slide in slides if f'"{slide}"' in text]
         assert str(classifier.parents[4]) not in text
     hidden = hide_private(
-        {"a": "/data/a patient/S1", "b": {"c": ["x/y.pt"]}, "init": "timm:a/b", "left_out": ["P7"]}
+        {
+            "a": "/slides/a patient/S1",
+            "b": {"c": ["x/y.pt"]},
+            "init": "timm:a/b",
+            "left_out": ["P7"],
+        }
     )
     assert hidden == {
         "a": "(left out)", "b": {"c": ["(left out)"]}, "init": "timm:a/b", "left_out": []

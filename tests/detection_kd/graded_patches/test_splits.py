@@ -89,8 +89,27 @@ def test_ungraded_patches_join_the_training_side_alone(tmp_path: Path):
     with pytest.raises(UserError, match=f"1 in ungraded and test, first '{held}'"):
         read_graded_split(keys, seed=0)
     keys.ungraded = str(tmp_path / "low")
-    with pytest.raises(UserError, match="expected every patch once, found ._low.png 2 times"):
+    with pytest.raises(
+        UserError, match="low: expected patches that are not in .* found 4 .*_low.png"
+    ):
         read_graded_split(keys, seed=0)
+
+
+def test_a_test_picture_is_not_ungraded_under_another_name_of_its_case(tmp_path: Path):
+    """A table knows its slide; in a folder, every picture is a case of its own."""
+    write_pictures(tmp_path / "pool", [f"{n}.png" for n in range(16)])
+    lines = [
+        f"pool/{n}.png,{GRADES[n % 4]},s{n // 4},{'test' if n // 4 == 3 else 'train'}"
+        for n in range(16)
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(["image,label,group,split", *lines]))
+    (tmp_path / "further").mkdir()
+    (tmp_path / "further" / "new.png").symlink_to(tmp_path / "pool" / "15.png")
+    keys = GradedSetKeys(str(tmp_path / "t.csv"), grades=list(GRADES), folds=3)
+    for folder, count in (("pool", 16), ("further", 1)):
+        keys.ungraded = str(tmp_path / folder)
+        with pytest.raises(UserError, match=f"not in .*t.csv, found {count} that are"):
+            read_graded_split(keys, seed=0)
 
 
 @pytest.mark.parametrize("tested", [0, 2])
