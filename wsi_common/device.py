@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from wsi_common.errors import UserError
 
@@ -59,7 +62,49 @@ def _cpu_has_bf16() -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Autocast context for a resolved precision (fp32 | bf16 | fp16)."""
+    """Autocast context for a resolved precision (fp32 | bf16 | fp16).
+
+    In a training on a CPU, depthwise convolutions are computed in float32 (`_DepthwiseInFloat`).
+    """
     if precision == "fp32":
         return nullcontext()
+    if device.type == "cpu" and torch.is_grad_enabled():
+        return _autocast_training_on_cpu()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+@contextmanager
+def _autocast_training_on_cpu() -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16), _DepthwiseInFloat():
+        yield
+
+
+class _DepthwiseInFloat(TorchFunctionMode):
+    """Computes depthwise convolutions in float32 and gives their results as bfloat16.
+
+    Their gradients take oneDNN several times as long in bfloat16 as in float32, so that a training
+    step of an EfficientNet or a MobileNet was slower than without autocast
+    (`benchmarks/depthwise.py`).
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is not torch.conv2d or not _needs_float(args):
+            return function(*args, **kwargs)
+        images, weight, *others = args
+        with torch.autocast("cpu", enabled=False):
+            return function(images.float(), weight.float(), *others, **kwargs).bfloat16()
+
+
+def _needs_float(arguments: Sequence[Any]) -> bool:
+    """Whether these are of a depthwise convolution in a training under autocast."""
+    if len(arguments) < 2 or not (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
+        return False
+    channels, group_width = arguments[1].shape[:2]
+    return bool(channels > 1 and group_width == 1)
