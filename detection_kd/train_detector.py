@@ -106,7 +106,11 @@ class Config:
     dilation: bool = key(
         False, "the trunk's last stage keeps stride 16 and dilates its convolutions (DC5)"
     )
-    pretrained: bool = key(True, "start from ImageNet weights (fetched once from timm's hub)")
+    pretrained: bool = key(
+        True,
+        "start from ImageNet weights (fetched once from timm's hub; those of "
+        "tf_efficientnet_lite0 come with a Python package)",
+    )
     weights: str = key(
         "",
         "weights file or folder; start from the backbone in it (state dict, detector, "

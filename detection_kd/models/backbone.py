@@ -26,7 +26,13 @@ from detection_kd.models.given_trunk import (
     is_given,
 )
 from detection_kd.models.trunk_names import find_trunk
-from patch_encoder.models.encoder_table import IMAGENET
+from patch_encoder.models.encoder_table import ENCODERS, IMAGENET, EncoderRow
+from patch_encoder.models.encoder_weights import (
+    find_local_file,
+    find_published_file,
+    load_encoder_weights,
+    read_state,
+)
 from wsi_common.checkpoint import (
     load_checkpoint,
     load_tensors,
@@ -53,6 +59,7 @@ PREFIXES = (
 )
 STAGES = 5  # stem, and strides 4, 8, 16, 32
 HUB = "hub"
+UNPUBLISHED = EncoderRow("timm", "", "", 0)  # of a file that no encoder's row stands for
 
 
 class Backbone(nn.Module):
@@ -217,21 +224,36 @@ def _create(name: str, norm: str, dilation: bool, source: str) -> nn.Module:
 
 
 def _with_weights(build: partial[nn.Module], name: str, source: str) -> nn.Module:
-    """The extractor with weights from the hub or from a file in timm's own format."""
-    overlay = None if source == HUB else {"file": source, "custom_load": False}
+    """The extractor with published weights, or with those of a file in timm's own format."""
+    packaged = next((n for n, r in ENCODERS.items() if r.package and r.model == name), "")
+    if source != HUB:
+        file = find_local_file(Path(source), UNPUBLISHED)
+        return _copy_network(build(), name, UNPUBLISHED, file)
+    if packaged:
+        row = ENCODERS[packaged]
+        return _copy_network(build(), name, row, find_published_file(row, packaged))
     try:
-        return build(pretrained=True, pretrained_cfg_overlay=overlay)
+        return build(pretrained=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0][:160]
-        if source != HUB:
-            raise UserError(
-                f"{source}: expected weights of timm's {name}, cannot be used: {reason}"
-            ) from None
         raise UserError(
             f"weights of {name}: cannot be fetched ({reason}); fetch timm/{_tagged(name)} from "
             "the Hugging Face hub elsewhere "
             "and give the file as weights=, or train from scratch with pretrained=false norm=batch"
         ) from None
+
+
+def _copy_network(trunk: nn.Module, name: str, row: EncoderRow, file: Path) -> nn.Module:
+    """The extractor with the weights that the whole network has; timm itself would pass over
+    weights of another name, and leave random values in their place.
+    """
+    import timm
+
+    network = timm.create_model(name, num_classes=0)
+    load_encoder_weights(network, row, read_state(file), str(file))
+    values = {_flat(key): value for key, value in network.state_dict().items()}
+    trunk.load_state_dict({key: values[_flat(key)] for key in trunk.state_dict()})
+    return trunk
 
 
 def _tagged(name: str) -> str:

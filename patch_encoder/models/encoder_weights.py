@@ -269,7 +269,12 @@ def _convert(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict
     if row.package and not state.keys() & core.state_dict().keys():
         return _name_by_position(state, core)
     convert = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)
-    return convert(dict(state), core) if row.library == "timm" and convert else state
+    if row.library != "timm" or convert is None:
+        return state
+    try:
+        return convert(dict(state), core)
+    except (KeyError, IndexError, AttributeError, RuntimeError, ValueError):
+        return state  # a file of another network; the comparison of names says so
 
 
 def _name_by_position(state: dict[str, Tensor], core: nn.Module) -> dict[str, Tensor]:
