@@ -82,7 +82,8 @@ RUN_SCRIPTS = {
     "studies.region_tables.stages": {
         *("patch_encoder.build_regions", "patch_encoder.pretrain_slpd", "mil.benchmark"),
         *("patch_encoder.demo.compose_mitoses", "detection_kd.train_mitosis"),
-        "detection_kd.filter_samples",
+        *("detection_kd.filter_samples", "detection_kd.train_detector"),
+        "detection_kd.evaluate_detector",
     },
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ from detection_kd.datasets.coco import DetectionSet
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 RECALLS = np.linspace(0, 1, 101)  # where COCO reads precision
+IOUS = np.linspace(0.5, 0.95, 10)  # overlaps that AP is the mean over
 
 
 @dataclass
@@ -105,6 +108,67 @@ def precision_recall(
     }
 
 
+def resample_average_precision(
+    annotated: DetectionSet,
+    predictions: list[Prediction],
+    weights: Float[np.ndarray, "b images"],
+    max_detections: int = 100,
+) -> dict[str, Float[np.ndarray, " b"]]:
+    """AP and AP50 for B weightings of the images: an image of weight 2 counts as if it were there
+    twice, and one of weight 0 as if it were not there.
+
+    Args:
+        annotated: images with boxes.
+        predictions: one entry per image; an image without entry counts as without detections.
+        weights: how much each image counts, in the order of the set.
+        max_detections: detections per image that count.
+
+    Returns:
+        NaN where no box has any weight; a category without one does not count.
+    """
+    evaluation = _match(annotated, predictions, max_detections, all_sizes=True)
+    # pycocotools goes through the images by rising id
+    weights = weights[:, np.argsort([record.id for record in annotated.images], kind="stable")]
+    matched = np.array(evaluation.evalImgs, object).reshape(len(annotated.categories), -1)
+    per_class = np.stack([_weigh_precision(images, weights) for images in matched])
+    with np.errstate(invalid="ignore"):
+        known = ~np.isnan(per_class)  # (class, IoU, B)
+        means = np.where(known, per_class, 0).sum(0) / known.sum(0)
+    return {"AP": means.mean(0), "AP50": means[0]}
+
+
+def _weigh_precision(
+    images: Sequence[dict[str, Any] | None], weights: Float[np.ndarray, "b images"]
+) -> Float[np.ndarray, "iou b"]:
+    """AP of one category at every overlap from pycocotools' matches, as its `accumulate` reads
+    it.
+    """
+    shown = [(number, image) for number, image in enumerate(images) if image is not None]
+    boxes = np.zeros(weights.shape[1])
+    for number, image in shown:
+        boxes[number] = (np.asarray(image["gtIgnore"]) == 0).sum()
+    total = weights @ boxes
+    found = np.full((len(IOUS), len(weights)), np.nan)
+    found[:, total > 0] = 0.0
+    scores = np.concatenate([np.asarray(i["dtScores"], float) for _, i in shown] or [np.zeros(0)])
+    if not len(scores):
+        return found
+    order = np.argsort(-scores, kind="stable")
+    origin = np.repeat([n for n, _ in shown], [len(i["dtScores"]) for _, i in shown])[order]
+    hit = np.concatenate([i["dtMatches"] for _, i in shown], 1)[:, order] > 0
+    counted = ~np.concatenate([i["dtIgnore"] for _, i in shown], 1)[:, order].astype(bool)
+    for draw in np.flatnonzero(total > 0):
+        mass = weights[draw, origin] * counted  # (IoU, detections)
+        hits = np.cumsum(mass * hit, 1)
+        precision = hits / (np.cumsum(mass, 1) + np.spacing(1))
+        precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+        for level, recall in enumerate(hits / total[draw]):
+            places = np.searchsorted(recall, RECALLS)
+            reached = places < len(recall)
+            found[level, draw] = precision[level, places[reached]].sum() / len(RECALLS)
+    return found
+
+
 def _evaluate(
     annotated: DetectionSet,
     predictions: list[Prediction],
@@ -115,6 +179,22 @@ def _evaluate(
     where nothing is annotated.
 
     With `iou` at that overlap alone, and for boxes of all sizes alone.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = _match(annotated, predictions, max_detections, iou)
+        evaluation.accumulate()
+    return {name: evaluation.eval[name] for name in ("precision", "recall")}
+
+
+def _match(
+    annotated: DetectionSet,
+    predictions: list[Prediction],
+    max_detections: int,
+    iou: float | None = None,
+    all_sizes: bool = False,
+) -> COCOeval:
+    """pycocotools' evaluation with detections matched to boxes, image by image; with `iou` or
+    `all_sizes` for boxes of all sizes alone.
     """
     from pycocotools.cocoeval import COCOeval  # a while to load
 
@@ -130,13 +210,13 @@ def _evaluate(
         evaluation.params.maxDets = [max_detections]
         if iou is not None:
             evaluation.params.iouThrs = np.array([iou])
+        if iou is not None or all_sizes:
             evaluation.params.areaRng, evaluation.params.areaRngLbl = (
                 evaluation.params.areaRng[:1],
                 ["all"],
             )
         evaluation.evaluate()
-        evaluation.accumulate()
-    return {name: evaluation.eval[name] for name in ("precision", "recall")}
+    return evaluation
 
 
 def _coco(annotated: DetectionSet) -> COCO:

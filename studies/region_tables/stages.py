@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
-from detection_kd import filter_samples, train_mitosis
+from detection_kd import evaluate_detector, filter_samples, train_detector, train_mitosis
 from mil import benchmark
 from patch_encoder import build_regions, pretrain_slpd
 from patch_encoder.demo import compose_mitoses
@@ -22,7 +23,18 @@ SCRIPTS: dict[str, ModuleType] = {
     "compose_mitoses": compose_mitoses,
     "train_mitosis": train_mitosis,
     "filter_samples": filter_samples,
+    "train_detector": train_detector,
+    "evaluate_detector": evaluate_detector,
 }
+
+
+def load_settings(name: str, arguments: Sequence[str]) -> Any:
+    """The keys of a script as its command line would set them.
+
+    Raises:
+        UserError: a key or value that the script does not take.
+    """
+    return load_config(SCRIPTS[name].Config, list(arguments))
 
 
 def run_script(name: str, arguments: Sequence[str]) -> int:
@@ -31,5 +43,4 @@ def run_script(name: str, arguments: Sequence[str]) -> int:
     Raises:
         UserError: what the script raises.
     """
-    script = SCRIPTS[name]
-    return script.main(load_config(script.Config, list(arguments))) or 0
+    return SCRIPTS[name].main(load_settings(name, arguments)) or 0

@@ -1,0 +1,125 @@
+"""What does a change of the detector's recipe bring? Trainings of every change with several seeds,
+measured on test images that no training has seen; one table with paired intervals.
+
+    python -m studies.detector_study --config configs/ts2gkd/detector_study.yaml train=train.json
+    val=val.json test=test.json images=images output=runs/detector_study
+
+The row `recipe` has no change, `recipe_again` none but other seeds, and `colour` is a control
+without a network. The same command goes on where it was stopped; a row that fails is listed in
+failures.csv, and the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detection_kd.datasets.coco import DetectionSet
+from detection_kd.evaluation.coco_results import read_results
+from studies.detector_tables.colour_boxes import detect_by_colour
+from studies.detector_tables.scores import RecipeScores, score_row
+from studies.detector_tables.table import make_table, write_tables
+from studies.detector_tables.trainings import TASK, DetectorRecipe
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import write_or_remove_csv
+
+logger = logging.getLogger(__name__)
+RECIPE, AGAIN, COLOUR = "recipe", "recipe_again", "colour"
+ANOTHER = 1000  # what `recipe_again` adds to its seed
+
+
+@dataclass
+class Config:
+    """Keys of the study."""
+
+    output: str = key(REQUIRED, "where the results are written; tables and runs", runtime=True)
+    train: str = key(REQUIRED, "COCO JSON to train on", path=True)
+    val: str = key(REQUIRED, "COCO JSON to evaluate on; it selects the epoch", path=True)
+    test: str = key(REQUIRED, "COCO JSON to test on; no training sees it", path=True)
+    images: str = key(REQUIRED, "folder of the images that the annotations name", path=True)
+    recipe: str = key(
+        "configs/ts2gkd/detector_bccd.yaml", "keys of train_detector that all rows have", path=True
+    )
+    train_detector: list[str] = key([], "further key=value of train_detector, for all rows")
+    changes: dict[str, Any] = key(
+        {}, "rows beside the recipe; {name: {key of train_detector: value}}"
+    )
+    seeds: list[int] = key([1, 2, 3], "training seeds; of every row")
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
+    resamples: int = key(1000, "bootstrap resamples of the confidence intervals")
+
+
+def check(config: Config) -> None:
+    """Refuse what no table can be made of."""
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"seeds: expected different whole numbers, found {config.seeds}")
+    for name, keys in config.changes.items():
+        if name in (RECIPE, AGAIN, COLOUR):
+            raise UserError(f"changes.{name}: expected another name, this row is there already")
+        if not isinstance(keys, Mapping):
+            raise UserError(
+                f"changes.{name}: expected {{key of train_detector: value}}, found {keys}"
+            )
+        if other := sorted(set(TASK) & keys.keys()):
+            raise UserError(
+                f"changes.{name}: expected the classes of the other rows, found "
+                f"{', '.join(other)}; set it for all rows in train_detector="
+            )
+
+
+def measure_row(
+    config: Config,
+    recipe: DetectorRecipe,
+    test: DetectionSet,
+    row: tuple[str, Mapping[str, Any]],
+    failures: list[dict[str, Any]],
+) -> RecipeScores | None:
+    """Train a row with all seeds and score it; None where a training fails."""
+    name, keys = row
+    found = []
+    for seed in config.seeds:
+        run = Path(config.output) / f"seed{seed}" / name
+        try:
+            results = recipe.train(run, seed + ANOTHER * (name == AGAIN), keys)
+            found.append(read_results(results, test))
+        except UserError as error:
+            logger.error("seed %d: %s failed: %s", seed, name, error)
+            failures.append({"row": name, "seed": seed, "error": str(error)})
+            return None
+    return score_row(test, found, config.resamples)
+
+
+def main(config: Config) -> int:
+    """Run all rows; the table is written after each of them."""
+    check(config)
+    files = {name: getattr(config, name) for name in ("train", "val", "test", "images")}
+    arguments = ["--config", config.recipe, *config.train_detector]
+    recipe = DetectorRecipe(arguments, files, config.device)
+    train, test = recipe.read_sets()
+    failures: list[dict[str, Any]] = []
+    scores: dict[str, RecipeScores] = {}
+    output = Path(config.output)
+    rows: dict[str, Mapping[str, Any]] = {RECIPE: {}, AGAIN: {}, **config.changes}
+    for name, keys in rows.items():
+        found = measure_row(config, recipe, test, (name, keys), failures)
+        if found is None and name == RECIPE:
+            raise UserError(f"the recipe itself fails: {failures[0]['error']}")
+        if found is None:
+            continue
+        scores[name] = found
+        if COLOUR not in scores:
+            control = detect_by_colour(train, test)
+            scores[COLOUR] = score_row(test, [control], config.resamples)
+        write_tables(output, make_table(scores, RECIPE, len(test.images)), RECIPE)
+        logger.info("%s: table in %s", name, output / "detector_study.md")
+    write_or_remove_csv(output / "failures.csv", ["row", "seed", "error"], failures)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,1 @@
+"""The table of detector recipes: a control without a network, and intervals by image."""

@@ -1,0 +1,83 @@
+"""The table of the study: AP with intervals by image, and differences from the recipe as it is on
+the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from studies.detector_tables.scores import MEASURES, RecipeScores
+from wsi_common.files import write_csv, write_json, write_text
+from wsi_common.metrics.bootstrap import interval, spread
+from wsi_common.metrics.run_bootstrap import format_with_interval, paired_difference
+
+
+def make_table(
+    rows: Mapping[str, RecipeScores], reference: str, images: int
+) -> list[dict[str, Any]]:
+    """One line per row: means over its seeds, their intervals, and the difference from `reference`
+    with the number of seeds in which the row is the better one.
+
+    Intervals say how far the figure depends on the images; `_low` and `_high` are the lowest and
+    highest seed.
+    """
+    means = {
+        (name, measure): spread(
+            row.drawn[measure].mean(0), float(row.values[measure].mean()), images - 1
+        )
+        for name, row in rows.items()
+        for measure in MEASURES
+    }
+    lines = []
+    for name, row in rows.items():
+        line: dict[str, Any] = {"row": name, "seeds": len(row.values["AP"])}
+        for measure in MEASURES:
+            values, other = row.values[measure], rows[reference].values[measure]
+            line[measure] = float(values.mean())
+            line[f"{measure}_ci"] = interval(means[name, measure], (0.0, 1.0))[0]
+            line[f"{measure}_low"], line[f"{measure}_high"] = (
+                float(values.min()),
+                float(values.max()),
+            )
+            if name == reference:
+                continue
+            difference = float(values.mean() - other.mean())
+            found = paired_difference(difference, means[name, measure], means[reference, measure])
+            line[f"{measure}_minus_{reference}"] = difference
+            line[f"{measure}_minus_{reference}_ci"] = found.ci
+            if len(values) == len(other):
+                line[f"{measure}_above_{reference}"] = int((values > other).sum())
+        lines.append(line | {f"AP/{key}": value for key, value in row.per_class.items()})
+    return lines
+
+
+def write_tables(output: Path, lines: Sequence[Mapping[str, Any]], reference: str) -> None:
+    """Write detector_study.csv and .json (all figures) and detector_study.md (to read)."""
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    write_csv(output / "detector_study.csv", columns, [dict(line) for line in lines])
+    write_json(output / "detector_study.json", list(lines))
+    classes = [name for name in columns if name.startswith("AP/")]
+    head = ["row", "AP", f"AP minus {reference}", "AP50", f"AP50 minus {reference}"]
+    head += [f"AP of {name.removeprefix('AP/')}" for name in classes]
+    body = [_describe(line, reference, classes) for line in lines]
+    ruled = [head, ["---"] * len(head), *body]
+    write_text(
+        output / "detector_study.md", "\n".join(f"| {' | '.join(r)} |" for r in ruled) + "\n"
+    )
+
+
+def _describe(line: Mapping[str, Any], reference: str, classes: Sequence[str]) -> list[str]:
+    cells = [line["row"].replace("_", " ")]
+    for measure in MEASURES:
+        cells.append(format_with_interval(line[measure], line[f"{measure}_ci"]))
+        value = line.get(f"{measure}_minus_{reference}")
+        if value is None:
+            cells.append("-")
+            continue
+        ci = line[f"{measure}_minus_{reference}_ci"]
+        text = f"{value:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
+        above = line.get(f"{measure}_above_{reference}")
+        cells.append(text + ("" if above is None else f" {above}/{line['seeds']}"))
+    return cells + [f"{line[name]:.3f}" if name in line else "-" for name in classes]

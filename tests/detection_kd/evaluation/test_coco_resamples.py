@@ -1,0 +1,62 @@
+"""AP over resamples of the images: each resample is the AP that pycocotools gives for a set in which
+the images stand as often as their weights say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from detection_kd.datasets.coco import DetectionSet, read_coco
+from detection_kd.evaluation.coco_metrics import (
+    Prediction,
+    average_precision,
+    resample_average_precision,
+)
+from tests.detection_kd.evaluation.test_coco_areas import write_random_set
+
+
+def repeat_images(
+    annotated: DetectionSet, predictions: list[Prediction], counts: np.ndarray
+) -> tuple[DetectionSet, list[Prediction]]:
+    """The set with every image as often as `counts` says, and the detections of each copy."""
+    numbers = np.repeat(np.arange(len(counts)), counts).tolist()
+    images = [
+        replace(annotated.images[number], id=annotated.images[number].id * 100 + copy)
+        for copy, number in enumerate(numbers)
+    ]
+    found = [replace(predictions[number], index=copy) for copy, number in enumerate(numbers)]
+    return replace(annotated, images=images), found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_resample_is_the_ap_of_its_images(tmp_path: Path, seed: int) -> None:
+    path, predictions = write_random_set(tmp_path, seed)
+    annotated = read_coco(path, tmp_path)
+    rng = np.random.default_rng(seed)
+    for found in predictions:  # among equal scores the order of the copies would count
+        found.scores = found.scores + rng.uniform(0, 0.09, 9)
+    counts = np.array([[1, 1, 1], [2, 1, 0], [0, 3, 1], [0, 0, 2]])
+    drawn = resample_average_precision(annotated, predictions, counts.astype(float), 7)
+    for row, repeated in enumerate(counts):
+        expected = average_precision(*repeat_images(annotated, predictions, repeated), 7)
+        for name in ("AP", "AP50"):
+            assert drawn[name][row] == pytest.approx(expected[name], abs=1e-12), (row, name)
+
+
+def test_images_without_a_box_or_a_detection(tmp_path: Path) -> None:
+    path, predictions = write_random_set(tmp_path, 5)
+    annotated = read_coco(path, tmp_path)
+    annotated.images[0] = replace(annotated.images[0], boxes=np.zeros((0, 4)), labels=np.zeros(0))
+    annotated.images[0].crowd = np.zeros(0, bool)
+    annotated.images[0].areas = np.zeros(0)
+    weights = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    drawn = resample_average_precision(annotated, predictions[:2], weights)
+    assert np.isnan(drawn["AP"][0]), "no box has any weight"
+    expected = average_precision(annotated, predictions[:2])
+    assert drawn["AP"][1] == pytest.approx(expected["AP"], abs=1e-12)
+    nothing = resample_average_precision(annotated, [], weights[1:])
+    assert nothing["AP"] == nothing["AP50"] == [0.0]
