@@ -84,7 +84,7 @@ class _DepthwiseInFloat(TorchFunctionMode):
 
     Their gradients take oneDNN several times as long in bfloat16 as in float32, so that a training
     step of an EfficientNet or a MobileNet was slower than without autocast
-    (`benchmarks/depthwise.py`).
+    (`benchmarks/trunk_step.py`).
     """
 
     def __torch_function__(

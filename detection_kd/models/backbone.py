@@ -181,7 +181,8 @@ class Backbone(nn.Module):
 def _create(name: str, norm: str, dilation: bool, source: str) -> nn.Module:
     """timm's feature extractor with maps of strides 8, 16 and 32 px."""
     import timm  # a while to load
-    from timm.layers import freeze_batch_norm_2d
+
+    from detection_kd.models.frozen_norm import freeze_norms
 
     if not timm.is_model(name.split(".")[0]):
         known = [*RESNETS, *timm.list_models()]
@@ -220,7 +221,7 @@ def _create(name: str, norm: str, dilation: bool, source: str) -> nn.Module:
             f"backbone '{name}': expected feature maps of strides {wanted} px, found {strides}"
         )
     trunk = _with_weights(build, name, source) if source else build()
-    return freeze_batch_norm_2d(trunk) if norm == "frozen" else trunk
+    return freeze_norms(trunk) if norm == "frozen" else trunk
 
 
 def _with_weights(build: partial[nn.Module], name: str, source: str) -> nn.Module:

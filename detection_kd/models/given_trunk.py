@@ -56,9 +56,9 @@ class GivenTrunk(nn.Module):
             raise UserError(f"norm={norm}: expected batch or frozen with the backbone '{name}'")
         places, widths, self.channels_last = _find_maps(body, name)
         if norm == "frozen":
-            from timm.layers import freeze_batch_norm_2d  # a while to load
+            from detection_kd.models.frozen_norm import freeze_norms  # a while to load
 
-            body = freeze_batch_norm_2d(body)
+            body = freeze_norms(body)
         self.body, self.name, self.norm, self.dilation = body, name, norm, False
         self.channels: tuple[int, int, int] = widths
         self.places, self.settings = places, settings
