@@ -28,10 +28,10 @@ from wsi_common.memory import is_out_of_memory, reuse_large_blocks
 logger = logging.getLogger(__name__)
 CPU_ROWS = 8  # the same for any number of threads: the last bits of a feature may hang on it
 FOLDING_TOLERANCE = 1e-3  # of the largest output
-NORMS = (
-    "BatchNorm2d",
-    "FrozenBatchNorm2d",
-)  # by name, since torchvision, which has the second, takes seconds to load
+# by name, since torchvision and timm take seconds to load
+CONVOLUTIONS = ("Conv2d", "Conv2dSame")
+NORMS = ("BatchNorm2d", "FrozenBatchNorm2d")
+ACTIVATED_NORMS = ("BatchNormAct2d", "FrozenBatchNormAct2d")  # timm's, with what follows the norm
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,20 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
     for convolution, norm in pairs:
         fused = fuse_conv_bn_eval(folded.get_submodule(convolution), folded.get_submodule(norm))  # type: ignore[type-var]
         folded.set_submodule(convolution, fused)
-        folded.set_submodule(norm, nn.Identity())
+        folded.set_submodule(norm, _keep_activation(folded.get_submodule(norm)))
     folded = folded.to(memory_format=torch.channels_last)
     expected, found = model(example), folded(example)
     if (expected - found).abs().max() > FOLDING_TOLERANCE * expected.abs().max():
         logger.info("BatchNorm is not folded: another layer takes a convolution's output as well")
         return model
     return folded
+
+
+def _keep_activation(norm: nn.Module) -> nn.Module:
+    """What is left of a norm that is folded."""
+    if type(norm).__name__ in ACTIVATED_NORMS:
+        return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
+    return nn.Identity()
 
 
 def _find_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
@@ -234,6 +241,7 @@ def _find_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     ] = {}  # the tensors are kept, so that no other gets their id
     calls: dict[str, int] = {}
     pairs: list[tuple[str, str]] = []
+    kinds = (*NORMS, *ACTIVATED_NORMS)
 
     def remember(name: str, output: Tensor) -> None:
         calls[name] = calls.get(name, 0) + 1
@@ -246,19 +254,19 @@ def _find_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
     handles = []
     for name, module in model.named_modules():
-        if type(module) is nn.Conv2d:
+        if type(module).__name__ in CONVOLUTIONS:
             handles.append(
                 module.register_forward_hook(
                     lambda _, __, output, name=name: remember(name, output)
                 )
             )
-        elif type(module).__name__ in NORMS:
+        elif type(module).__name__ in kinds:
             handles.append(
                 module.register_forward_pre_hook(
                     lambda own, args, name=name: match(name, own, args[0])
                 )
             )
-    if any(type(module).__name__ in NORMS for module in model.modules()):
+    if any(type(module).__name__ in kinds for module in model.modules()):
         model(example)
     for handle in handles:
         handle.remove()

@@ -1,4 +1,4 @@
-"""A convolutional network on a CPU with its rectifiers and residual sums inside the convolutions,
+"""A convolutional network on a CPU with its activations and residual sums inside the convolutions,
 weights packed once.
 
 A ResNet-50 whose BatchNorm is folded spends a fifth of its time on passes over memory that only
@@ -26,6 +26,13 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 CONVOLUTION, ADD, RELU = aten.convolution.default, aten.add.Tensor, aten.relu.default
+HARDTANH = aten.hardtanh.default  # what ReLU6 is
+ACTIVATIONS = {
+    RELU: "relu",
+    HARDTANH: "hardtanh",
+    aten.silu.default: "swish",
+    aten.hardswish.default: "hardswish",
+}  # as oneDNN calls them
 KERNELS = ("auto", "fused", "plain")
 MARGIN = 1.15  # as many times faster must another way be to be taken instead of the first
 TURNS, SECONDS, SHORT = 3, 1.0, 0.05  # of a measurement; of calls between SHORT and SECONDS
@@ -34,7 +41,7 @@ MAX_POOL = aten.max_pool2d_with_indices.default
 FRESH = (
     CONVOLUTION,
     ADD,
-    RELU,
+    *ACTIVATIONS,
     MAX_POOL,
     aten.mean.dim,
 )  # what gives memory of its own, and keeps no hold of what it read
@@ -197,7 +204,9 @@ def _fits(graph: GraphModule, node: Node) -> bool:
 
 
 def _fuse_convolution(graph: GraphModule, node: Node) -> int:
-    """Fuse a convolution with a sum and a rectifier behind it; returns how many of these go."""
+    """Fuse a convolution with a sum and a rectifier, or with any activation, behind it; returns how
+    many of these go.
+    """
     maps, weight, bias, stride, padding, dilation, _, _, groups = node.args
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         _read_constant(graph, weight),
@@ -210,8 +219,8 @@ def _fuse_convolution(graph: GraphModule, node: Node) -> int:
     total = _find_only_user(node, ADD)
     addend = _find_addend(total, node) if total is not None else None
     summed = node if total is None or addend is None else total
-    rectified = _find_only_user(summed, RELU)
-    last = rectified or summed
+    activated = _find_only_user(summed, *(ACTIVATIONS if addend is None else [RELU]))
+    last = activated or summed
     layer = (padding, stride, dilation, groups)
     with graph.graph.inserting_before(last):
         weights = [
@@ -219,7 +228,6 @@ def _fuse_convolution(graph: GraphModule, node: Node) -> int:
             None if bias is None else _add_buffer(graph, _read_constant(graph, bias)),
         ]
         if addend is None:
-            kind = "none" if rectified is None else "relu"
             fused = _add_call(
                 graph.graph,
                 "_convolution_pointwise",
@@ -227,12 +235,10 @@ def _fuse_convolution(graph: GraphModule, node: Node) -> int:
                 maps,
                 *weights,
                 *layer,
-                kind,
-                [],
-                "",
+                *_describe_activation(activated),
             )
         else:
-            kinds = ("add", 1.0, None if rectified is None else "relu", [], "")
+            kinds = ("add", 1.0, None if activated is None else "relu", [], "")
             free = _free(addend, total)
             name, pair = (
                 ("_convolution_pointwise_", (addend, maps))
@@ -248,6 +254,17 @@ def _fuse_convolution(graph: GraphModule, node: Node) -> int:
     return len(replaced) - 1
 
 
+def _describe_activation(node: Node | None) -> tuple[str, list[float], str]:
+    """Name, scalars and algorithm of an activation, as oneDNN wants them."""
+    if node is None:
+        return "none", [], ""
+    limits = []
+    if node.target is HARDTANH:
+        given = [float(value) for value in node.args[1:]]
+        limits = given + [-1.0, 1.0][len(given) :]  # what is not given is its default
+    return ACTIVATIONS[node.target], limits, ""
+
+
 def _add_call(graph: Graph, name: str, overload: str, *arguments: Any) -> Node:
     return graph.call_function(getattr(getattr(torch.ops.mkldnn, name), overload), arguments)
 
@@ -258,9 +275,9 @@ def _add_buffer(graph: GraphModule, value: Tensor | None) -> Node:
     return graph.graph.get_attr(name)
 
 
-def _find_only_user(node: Node, target: object) -> Node | None:
+def _find_only_user(node: Node, *targets: object) -> Node | None:
     users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target is target else None
+    return users[0] if len(users) == 1 and users[0].target in targets else None
 
 
 def _find_addend(total: Node, node: Node) -> Node | None:

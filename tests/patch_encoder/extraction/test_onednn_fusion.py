@@ -112,6 +112,52 @@ def test_a_trunk_keeps_its_features_and_no_pass_is_left(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "name", ["tf_efficientnet_lite0", "efficientnet_b0", "mobilenetv3_small_050"]
+)
+def test_norms_with_an_activation_go_into_their_convolutions(name: str) -> None:
+    """timm's own kind of norm; pads of its own before some convolutions; gates between others."""
+    model = lively(timm.create_model(name, num_classes=0))
+    items, other = torch.randn(2, 3, 2, 75, 97).unbind(2)
+    folded = fold_batch_norms(model, items)
+    fused = fuse_network(folded, items)
+    assert fused is not None
+    with torch.no_grad():
+        assert difference(fused(other), model(other)) < 1e-4
+    found = calls(fused, items)
+    assert found[CONVOLUTION] + found[SUM_IN_PLACE] + found[SUM] > 40
+    behind = ("aten.hardtanh", "aten.silu", "aten.hardswish", "aten.relu", "aten.convolution")
+    assert not [each for each in found if each.startswith((*behind, "aten._native_batch_norm"))]
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "one limit": lambda x: torch.ops.aten.hardtanh(x, -0.2),
+    "two limits": lambda x: F.hardtanh(x, -0.3, 0.4),
+    "in place": lambda x: F.silu(x, inplace=True),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_every_activation_is_computed_within_its_convolution(name: str) -> None:
+    activate = ACTIVATIONS[name]
+    torch.manual_seed(1)
+    model = Formula(lambda x, a, b, c, m: activate(a(activate(b(x)))) + activate(c(x) + x))
+    model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    items, other = torch.randn(2, 4, 8, 8), 3 * torch.randn(2, 4, 8, 8)
+    fused = fuse_network(model, items)
+    assert fused is not None and difference(fused(other), model(other)) < 1e-5
+    found = calls(fused, items)
+    assert found[CONVOLUTION] == 2 and found[SUM] + found[SUM_IN_PLACE] == 1
+    left = [
+        each for each in found if each.startswith(("aten.hardtanh", "aten.silu", "aten.hardswish"))
+    ]
+    assert len(left) == 1, "that of the sum, which only a rectifier can follow"
+
+
 FORMULAS: dict[
     str, tuple[Callable[..., Tensor], int]
 ] = {  # what is computed, sums that may be written over the addend
