@@ -57,6 +57,7 @@ PREFIXES = (
     "model.backbone.conv_encoder.model.",
     "model.backbone.model.",
 )
+BLOCK_BY_BLOCK = ("EfficientNetFeatures", "MobileNetV3Features")  # of timm
 STAGES = 5  # stem, and strides 4, 8, 16, 32
 HUB = "hub"
 UNPUBLISHED = EncoderRow("timm", "", "", 0)  # of a file that no encoder's row stands for
@@ -142,6 +143,8 @@ class Backbone(nn.Module):
 
     def truncate(self, upto: int) -> None:
         """Drop what comes after map `upto`, for good; nothing for trunks that cannot be cut."""
+        if not self.steps:
+            _cut_blocks(self.trunk, self.trunk.feature_info.module_name()[upto])
         for step in self.steps[self.steps.index(self.taps[upto]) + 1 :] if self.steps else []:
             delattr(self, step)
             self.steps.remove(step)
@@ -260,6 +263,13 @@ def _copy_network(trunk: nn.Module, name: str, row: EncoderRow, file: Path) -> n
 def _tagged(name: str) -> str:
     """timm's name; the papers' ResNets get torchvision's weights, as published."""
     return f"{name}.tv_in1k" if name in RESNETS else name
+
+
+def _cut_blocks(trunk: nn.Module, last: str) -> None:
+    """Drop the blocks behind `last` of a trunk that goes through them one by one."""
+    name, _, place = last.rpartition(".")
+    if type(trunk).__name__ in BLOCK_BY_BLOCK and name == "blocks":
+        trunk.blocks = trunk.blocks[: int(place) + 1]
 
 
 def _flat(name: str) -> str:

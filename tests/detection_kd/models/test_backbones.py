@@ -162,14 +162,25 @@ def test_models_with_other_statistics_get_their_own() -> None:
             torch.testing.assert_close(map, other, atol=1e-3, rtol=1e-3)
 
 
-def test_truncation_keeps_what_comes_before() -> None:
-    trunk = Backbone("resnet18", "group").eval()
+@pytest.mark.parametrize(
+    ("name", "last", "norm"),
+    [
+        ("resnet18", "layer4", "group"),
+        ("tf_efficientnet_lite0", "trunk.blocks.5", "frozen"),
+        ("mobilenetv3_small_050", "trunk.blocks.4", "frozen"),
+    ],
+)
+def test_truncation_keeps_what_comes_before(name: str, last: str, norm: str) -> None:
+    trunk = Backbone(name, norm).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = trunk(x, upto=1)
+        assert any(name.startswith(last) for name in trunk.state_dict())
         trunk.truncate(1)
-        assert all(torch.equal(a, b) for a, b in zip(trunk(x, upto=1), before, strict=True))
-    assert not any(name.startswith("layer4") for name in trunk.state_dict())
+        after = trunk(x, upto=1)
+        assert len(after) == 2
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert not any(name.startswith(last) for name in trunk.state_dict())
 
 
 @pytest.mark.parametrize(
