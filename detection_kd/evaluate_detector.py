@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from detection_kd import engine
+from detection_kd.box_sets.image_groups import group_images
 from detection_kd.datasets.class_map import check_class_map, relabel_table
 from detection_kd.datasets.coco import (
     DetectionSet,
@@ -32,7 +33,7 @@ from detection_kd.datasets.coco import (
     same_categories,
 )
 from detection_kd.datasets.detection import DetectionDataset, make_loader
-from detection_kd.evaluation.coco_metrics import Prediction, average_precision
+from detection_kd.evaluation.coco_metrics import Prediction, average_precision, find_intervals
 from detection_kd.evaluation.coco_results import read_results, write_results
 from detection_kd.evaluation.froc import compute_froc
 from detection_kd.evaluation.operating_point import (
@@ -49,6 +50,7 @@ from wsi_common.device import PRECISIONS, pick_precision
 from wsi_common.distributed import World, init_distributed, local_processes
 from wsi_common.errors import UserError
 from wsi_common.files import sha256_file
+from wsi_common.metrics.run_bootstrap import format_with_interval
 from wsi_common.processes.pool import pick_workers
 from wsi_common.progress import progress
 from wsi_common.run import Run, open_run
@@ -91,6 +93,16 @@ class Config:
         12,
         "number of images to draw with their boxes; half of them those with most "
         "errors, the others at random",
+    )
+    resamples: int = key(
+        1000,
+        "bootstrap resamples of the confidence intervals; of AP and AP50; 0: no intervals",
+        least=0,
+    )
+    group: str = key(
+        "",
+        "regular expression; images whose names match alike stay together, as ^[^_]+, in the "
+        "resamples; empty: each on its own",
     )
     batch_size: int = key(
         1,
@@ -226,12 +238,13 @@ def detect(
 
 @dataclass
 class Evaluated:
-    """What is measured: detections of annotated images, from which score on they count, and how
-    long finding them took (0: found elsewhere).
+    """What is measured: detections of annotated images, the slide or patient of each image, from
+    which score on detections count, and how long finding them took (0: found elsewhere).
     """
 
     annotated: DetectionSet
     predictions: list[Prediction]
+    groups: np.ndarray
     min_score: float
     seconds: float
 
@@ -243,9 +256,11 @@ def summarise(found: Evaluated, config: Config) -> dict[str, Any]:
     if found.seconds:
         rate = len(annotated.images) / found.seconds
         speed = {"seconds": round(found.seconds, 3), "images_per_second": round(rate, 3)}
-    metrics = average_precision(annotated, predictions, config.max_detections) | compute_froc(
-        annotated, predictions, config.iou
-    )
+    metrics: dict[str, Any] = average_precision(annotated, predictions, config.max_detections)
+    metrics |= compute_froc(annotated, predictions, config.iou)
+    if config.resamples:
+        options = (found.groups, config.resamples, config.max_detections)
+        metrics |= find_intervals(annotated, predictions, *options)
     images = len(annotated.images)
     judged = judge_set(annotated, predictions, min_score, config.iou)
     confusions = count_confusions(judged, annotated.categories, config.iou)
@@ -287,6 +302,7 @@ def evaluate_checkpoint(config: Config, world: World) -> tuple[Run, Config, Eval
     )
     min_score = resolve_min_score(config.min_score, description)
     annotated, table = read_annotated(config, description)
+    groups = group_images(annotated, config.images, config.group)
     run = open_output(config, world)
     if run.results is not None:
         return run, config, None
@@ -294,7 +310,8 @@ def evaluate_checkpoint(config: Config, world: World) -> tuple[Run, Config, Eval
     begun = time.monotonic()
     pad_to = training.get("augmentation", {}).get("pad_to", 0)
     predictions = relabel(detect(model, annotated, config, world, pad_to), table)
-    return run, config, Evaluated(annotated, predictions, min_score, time.monotonic() - begun)
+    seconds = time.monotonic() - begun
+    return run, config, Evaluated(annotated, predictions, groups, min_score, seconds)
 
 
 def evaluate_results(config: Config, world: World) -> tuple[Run, Config, Evaluated | None]:
@@ -305,10 +322,12 @@ def evaluate_results(config: Config, world: World) -> tuple[Run, Config, Evaluat
         names = read_category_names(config.annotations)
         check_class_map(names, config.class_map, config.annotations)
     annotated = read_coco(config.annotations, config.images, class_map=config.class_map)
+    groups = group_images(annotated, config.images, config.group)
     run = open_output(config, world)
     if run.results is not None:
         return run, config, None
-    return run, config, Evaluated(annotated, read_results(config.results, annotated), min_score, 0)
+    predictions = read_results(config.results, annotated)
+    return run, config, Evaluated(annotated, predictions, groups, min_score, 0)
 
 
 def main(config: Config) -> int:
@@ -331,9 +350,9 @@ def main(config: Config) -> int:
         assert run.results is not None
         logger.info("%s: finished evaluation, AP %.3f; nothing to do", run.path, run.results["AP"])
         return 0
-    results = summarise(found, config)
     if not world.is_main:
         return 0
+    results = summarise(found, config)
     write_results(run.path / "predictions.json", found.annotated, found.predictions)
     shown = {
         "max_detections": config.max_detections,
@@ -343,7 +362,11 @@ def main(config: Config) -> int:
     }
     write_detection_figures(run.path, found.annotated, found.predictions, **shown)
     run.finish(results | digest_inputs(config))  # last: where it is, the evaluation is done
-    logger.info("%s: %s", run.path, ", ".join(f"{name} {results[name]:.3f}" for name in REPORTED))
+    shown_values = (
+        f"{name} {format_with_interval(results[name], results.get(f'{name}_ci'))}"
+        for name in REPORTED
+    )
+    logger.info("%s: %s", run.path, ", ".join(shown_values))
     return 0
 
 

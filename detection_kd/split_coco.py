@@ -11,7 +11,6 @@ share. Ids, categories and all other content stay as they are.
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from detection_kd.box_sets.image_groups import find_group
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
@@ -151,7 +151,7 @@ def draw_split(names: list[str], shares: list[float], group: str, seed: int) -> 
         )
     members: dict[str, list[int]] = {}
     for index, name in enumerate(names):
-        members.setdefault(_group(name, group), []).append(index)
+        members.setdefault(find_group(name, group), []).append(index)
     order = np.random.default_rng(seed).permutation(len(members))
     groups = list(members.values())
     sides, counts = [""] * len(names), np.zeros(len(SPLITS))
@@ -171,15 +171,6 @@ def draw_split(names: list[str], shares: list[float], group: str, seed: int) -> 
             "other shares"
         )
     return sides
-
-
-def _group(name: str, pattern: str) -> str:
-    if not pattern:
-        return name
-    found = re.search(pattern, name)
-    if found is None:
-        raise UserError(f"group='{pattern}': does not match image '{name}'")
-    return found.group()
 
 
 def select_part(document: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection_kd.datasets.coco import DetectionSet
+import numpy as np
+
+from detection_kd.box_sets.image_groups import group_images
+from detection_kd.evaluation.coco_metrics import draw_weights
 from detection_kd.evaluation.coco_results import read_results
 from studies.detector_tables.colour_boxes import detect_by_colour
 from studies.detector_tables.scores import RecipeScores, score_row
@@ -51,7 +54,12 @@ class Config:
     )
     seeds: list[int] = key([1, 2, 3], "training seeds; of every row")
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    resamples: int = key(1000, "bootstrap resamples of the confidence intervals")
+    resamples: int = key(1000, "bootstrap resamples of the confidence intervals", least=1)
+    group: str = key(
+        "",
+        "regular expression; images whose names match alike stay together, as ^[^_]+, in the "
+        "resamples; empty: each on its own",
+    )
 
 
 def check(config: Config) -> None:
@@ -72,26 +80,20 @@ def check(config: Config) -> None:
             )
 
 
-def measure_row(
-    config: Config,
-    recipe: DetectorRecipe,
-    test: DetectionSet,
-    row: tuple[str, Mapping[str, Any]],
-    failures: list[dict[str, Any]],
-) -> RecipeScores | None:
-    """Train a row with all seeds and score it; None where a training fails."""
-    name, keys = row
-    found = []
+def train_row(
+    config: Config, recipe: DetectorRecipe, name: str, failures: list[dict[str, Any]]
+) -> list[Path]:
+    """Train a row with all seeds; the detections of each, or nothing where a training fails."""
+    results = []
     for seed in config.seeds:
-        run = Path(config.output) / f"seed{seed}" / name
+        run, own_seed = Path(config.output) / f"seed{seed}" / name, seed + ANOTHER * (name == AGAIN)
         try:
-            results = recipe.train(run, seed + ANOTHER * (name == AGAIN), keys)
-            found.append(read_results(results, test))
+            results.append(recipe.train(run, own_seed, config.changes.get(name, {})))
         except UserError as error:
             logger.error("seed %d: %s failed: %s", seed, name, error)
             failures.append({"row": name, "seed": seed, "error": str(error)})
-            return None
-    return score_row(test, found, config.resamples)
+            return []
+    return results
 
 
 def main(config: Config) -> int:
@@ -101,21 +103,21 @@ def main(config: Config) -> int:
     arguments = ["--config", config.recipe, *config.train_detector]
     recipe = DetectorRecipe(arguments, files, config.device)
     train, test = recipe.read_sets()
+    groups = group_images(test, config.images, config.group)
+    weights, freedom = draw_weights(groups, config.resamples), len(np.unique(groups)) - 1
     failures: list[dict[str, Any]] = []
     scores: dict[str, RecipeScores] = {}
     output = Path(config.output)
-    rows: dict[str, Mapping[str, Any]] = {RECIPE: {}, AGAIN: {}, **config.changes}
-    for name, keys in rows.items():
-        found = measure_row(config, recipe, test, (name, keys), failures)
-        if found is None and name == RECIPE:
+    for name in (RECIPE, AGAIN, *config.changes):
+        results = train_row(config, recipe, name, failures)
+        if not results and name == RECIPE:
             raise UserError(f"the recipe itself fails: {failures[0]['error']}")
-        if found is None:
+        if not results:
             continue
-        scores[name] = found
+        scores[name] = score_row(test, [read_results(path, test) for path in results], weights)
         if COLOUR not in scores:
-            control = detect_by_colour(train, test)
-            scores[COLOUR] = score_row(test, [control], config.resamples)
-        write_tables(output, make_table(scores, RECIPE, len(test.images)), RECIPE)
+            scores[COLOUR] = score_row(test, [detect_by_colour(train, test)], weights)
+        write_tables(output, make_table(scores, RECIPE, freedom), RECIPE)
         logger.info("%s: table in %s", name, output / "detector_study.md")
     write_or_remove_csv(output / "failures.csv", ["row", "seed", "error"], failures)
     return 1 if failures else 0

@@ -17,11 +17,14 @@ import numpy as np
 from jaxtyping import Float
 
 from detection_kd.datasets.coco import DetectionSet
+from wsi_common.metrics.bootstrap import interval, resample_patients, spread
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+MEASURES = ("AP", "AP50")  # those with intervals
+BOOTSTRAP_SEED = 2024
 RECALLS = np.linspace(0, 1, 101)  # where COCO reads precision
 IOUS = np.linspace(0.5, 0.95, 10)  # overlaps that AP is the mean over
 
@@ -135,6 +138,40 @@ def resample_average_precision(
         known = ~np.isnan(per_class)  # (class, IoU, B)
         means = np.where(known, per_class, 0).sum(0) / known.sum(0)
     return {"AP": means.mean(0), "AP50": means[0]}
+
+
+def draw_weights(groups: np.ndarray, resamples: int) -> Float[np.ndarray, "b images"]:
+    """How often each image counts in each resample; the same for the same groups."""
+    return resample_patients(groups, resamples, (BOOTSTRAP_SEED,))
+
+
+def find_intervals(
+    annotated: DetectionSet,
+    predictions: list[Prediction],
+    groups: np.ndarray,
+    resamples: int,
+    max_detections: int = 100,
+) -> dict[str, Sequence[float] | None]:
+    """95 % intervals of AP and AP50.
+
+    Args:
+        annotated: images with boxes.
+        predictions: as for `average_precision`.
+        groups: (images,) slide or patient of each image; they are drawn with all their images.
+        resamples: of the bootstrap.
+        max_detections: detections per image that count.
+
+    Returns:
+        `AP_ci` and `AP50_ci`; None where there are too few groups.
+    """
+    values = average_precision(annotated, predictions, max_detections)
+    weights = draw_weights(groups, resamples)
+    drawn = resample_average_precision(annotated, predictions, weights, max_detections)
+    freedom = len(np.unique(groups)) - 1
+    return {
+        f"{name}_ci": interval(spread(drawn[name], values[name], freedom), (0.0, 1.0))[0]
+        for name in MEASURES
+    }
 
 
 def _weigh_precision(

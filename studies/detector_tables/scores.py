@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from detection_kd.datasets.coco import DetectionSet
 from detection_kd.evaluation.coco_metrics import (
+    MEASURES,
     Prediction,
     average_precision,
     resample_average_precision,
 )
-from wsi_common.metrics.bootstrap import resample_patients
 
-BOOTSTRAP_SEED = 2024
-MEASURES = ("AP", "AP50")
 MOST = 100  # detections per image that count, as in COCO
 
 
@@ -36,17 +35,17 @@ class RecipeScores:
 
 
 def score_row(
-    annotated: DetectionSet, found: Sequence[list[Prediction]], resamples: int
+    annotated: DetectionSet,
+    found: Sequence[list[Prediction]],
+    weights: Float[np.ndarray, "b images"],
 ) -> RecipeScores:
     """Measure the detections of a row's trainings on the same images.
 
     Args:
         annotated: the test images.
         found: detections of each training.
-        resamples: B; the draws of images are the same for every row.
+        weights: how often each image counts in each resample; the same for every row.
     """
-    images = np.array([record.id for record in annotated.images])
-    weights = resample_patients(images, resamples, (BOOTSTRAP_SEED,))
     plain = [average_precision(annotated, predictions, MOST) for predictions in found]
     drawn = [resample_average_precision(annotated, each, weights, MOST) for each in found]
     return RecipeScores(

@@ -8,24 +8,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from studies.detector_tables.scores import MEASURES, RecipeScores
+from detection_kd.evaluation.coco_metrics import MEASURES
+from studies.detector_tables.scores import RecipeScores
 from wsi_common.files import write_csv, write_json, write_text
 from wsi_common.metrics.bootstrap import interval, spread
 from wsi_common.metrics.run_bootstrap import format_with_interval, paired_difference
 
 
 def make_table(
-    rows: Mapping[str, RecipeScores], reference: str, images: int
+    rows: Mapping[str, RecipeScores], reference: str, freedom: int
 ) -> list[dict[str, Any]]:
     """One line per row: means over its seeds, their intervals, and the difference from `reference`
     with the number of seeds in which the row is the better one.
 
     Intervals say how far the figure depends on the images; `_low` and `_high` are the lowest and
     highest seed.
+
+    Args:
+        rows: name -> scores of the same images.
+        reference: the row that the others are compared with.
+        freedom: degrees of freedom of the resamples, groups of images beyond the first.
     """
     means = {
         (name, measure): spread(
-            row.drawn[measure].mean(0), float(row.values[measure].mean()), images - 1
+            row.drawn[measure].mean(0), float(row.values[measure].mean()), freedom
         )
         for name, row in rows.items()
         for measure in MEASURES

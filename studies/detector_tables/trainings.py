@@ -53,7 +53,9 @@ class DetectorRecipe:
         measured = {"annotations": self.files["test"], "images": self.files["images"]}
         measured |= {"detector": str(run / "checkpoint_best.pt"), "output": str(run / "test")}
         measured |= {"device": self.device}
-        run_script("evaluate_detector", make_assignments({**measured, "overlays": 0}))
+        run_script(
+            "evaluate_detector", make_assignments({**measured, "overlays": 0, "resamples": 0})
+        )
         return run / "test" / "predictions.json"
 
     def _name(self, run: Path) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from detection_kd.datasets.coco import read_coco
-from detection_kd.evaluation.coco_metrics import Prediction, average_precision
+from detection_kd.evaluation.coco_metrics import Prediction, average_precision, draw_weights
 from studies.detector_study import Config, main
 from studies.detector_tables.colour_boxes import detect_by_colour
 from studies.detector_tables.scores import score_row
@@ -87,12 +87,13 @@ def test_a_control_without_a_network_and_differences_on_the_same_images(tmp_path
     found = detect_by_colour(train, test)
     exact = average_precision(test, found)["AP"]
     assert exact > 0.6, "all that is dark is annotated; some squares touch"
+    weights = draw_weights(np.arange(30), 400)
     rows = {
-        "recipe": score_row(test, [shift(found, 2), shift(found, 3)], 400),
-        "better": score_row(test, [found, shift(found, 2)], 400),
-        "same": score_row(test, [shift(found, 2), shift(found, 3)], 400),
+        "recipe": score_row(test, [shift(found, 2), shift(found, 3)], weights),
+        "better": score_row(test, [found, shift(found, 2)], weights),
+        "same": score_row(test, [shift(found, 2), shift(found, 3)], weights),
     }
-    lines = {line["row"]: line for line in make_table(rows, "recipe", 30)}
+    lines = {line["row"]: line for line in make_table(rows, "recipe", 29)}
     better = lines["better"]
     gain = better["AP"] - lines["recipe"]["AP"]
     low, high = better["AP_minus_recipe_ci"]

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from detection_kd.box_sets.image_groups import group_images
 from detection_kd.datasets.coco import DetectionSet, read_coco
 from detection_kd.evaluation.coco_metrics import (
     Prediction,
     average_precision,
+    find_intervals,
     resample_average_precision,
 )
 from tests.detection_kd.evaluation.test_coco_areas import write_random_set
@@ -60,3 +62,25 @@ def test_images_without_a_box_or_a_detection(tmp_path: Path) -> None:
     assert drawn["AP"][1] == pytest.approx(expected["AP"], abs=1e-12)
     nothing = resample_average_precision(annotated, [], weights[1:])
     assert nothing["AP"] == nothing["AP50"] == [0.0]
+
+
+def test_intervals_draw_slides_with_all_of_their_images(tmp_path: Path) -> None:
+    path, predictions = write_random_set(tmp_path, 2)
+    one = read_coco(path, tmp_path)
+    for record in one.images:
+        record.path = tmp_path / "fields" / f"slide{record.id}_1.png"
+    annotated, found = repeat_images(one, predictions, np.array([6, 7, 8]))
+    for number, record in enumerate(annotated.images):
+        record.path = tmp_path / "fields" / f"slide{number // 3}_{number % 3}.png"
+    groups = group_images(annotated, tmp_path / "fields", "^[^_]+")
+    assert groups.tolist() == [f"slide{number // 3}" for number in range(21)]
+    alone = group_images(annotated, tmp_path, "")
+    assert alone[4] == "fields/slide1_1.png" and len(set(alone)) == 21
+    value = average_precision(annotated, found)["AP"]
+    by_image, by_slide = (
+        find_intervals(annotated, found, each, 500)["AP_ci"] for each in (alone, groups)
+    )
+    assert by_image[0] < value < by_image[1] and by_slide[0] < value < by_slide[1]
+    assert np.diff(by_slide) > 1.2 * np.diff(by_image), "images of a slide are alike"
+    few = np.repeat(["a", "b", "c"], 7)
+    assert find_intervals(annotated, found, few, 50) == {"AP_ci": None, "AP50_ci": None}

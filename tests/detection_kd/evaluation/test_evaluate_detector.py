@@ -127,6 +127,7 @@ def test_the_validation_set_gives_the_figures_of_the_training(folder: Path, fini
     assert trained.pop("epoch") == 1 and len(trained) > 10
     assert {name: results[name] for name in trained} == pytest.approx(trained)
     assert results["AP50"] > 0 and results["sensitivity@8"] > 0  # or the line above says nothing
+    assert results["AP_ci"] is results["AP50_ci"] is None, "five images are too few"
     assert results["settings"]["eval_size"] == 48 and results["settings"]["max_size"] == 64
     boxes = read(folder / "val.json")["annotations"]
     assert (results["images"], results["boxes"]) == (5, len(boxes))
@@ -335,6 +336,8 @@ def test_what_cannot_be_evaluated_is_one_line(
         "overlays=-1": "overlays=-1: expected at least 0",
         "eval_size=-1": "eval_size=-1: expected at least 0",
         "iou=0": "iou=0.0",
+        "group=^slide": "group='^slide': does not match image 'val_0.png'",
+        "group=(": "group='(': expected a regular expression",
         "min_score=1.5": "min_score=1.5",
         f"output={training}": f"output={training}: expected a folder for the evaluation, found a "
         "training run",
