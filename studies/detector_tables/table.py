@@ -19,10 +19,10 @@ def make_table(
     rows: Mapping[str, RecipeScores], reference: str, freedom: int
 ) -> list[dict[str, Any]]:
     """One line per row: means over its seeds, their intervals, and the difference from `reference`
-    with the number of seeds in which the row is the better one.
+    seed by seed.
 
-    Intervals say how far the figure depends on the images; `_low` and `_high` are the lowest and
-    highest seed.
+    Intervals say how far a figure depends on the images; `_low` and `_high`, the lowest and the
+    highest seed, how far it depends on chance in training.
 
     Args:
         rows: name -> scores of the same images.
@@ -54,7 +54,9 @@ def make_table(
             line[f"{measure}_minus_{reference}"] = difference
             line[f"{measure}_minus_{reference}_ci"] = found.ci
             if len(values) == len(other):
-                line[f"{measure}_above_{reference}"] = int((values > other).sum())
+                each = (values - other).tolist()
+                line[f"{measure}_minus_{reference}_low"] = min(each)
+                line[f"{measure}_minus_{reference}_high"] = max(each)
         lines.append(line | {f"AP/{key}": value for key, value in row.per_class.items()})
     return lines
 
@@ -84,6 +86,6 @@ def _describe(line: Mapping[str, Any], reference: str, classes: Sequence[str]) -
             continue
         ci = line[f"{measure}_minus_{reference}_ci"]
         text = f"{value:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
-        above = line.get(f"{measure}_above_{reference}")
-        cells.append(text + ("" if above is None else f" {above}/{line['seeds']}"))
+        low, high = (line.get(f"{measure}_minus_{reference}_{end}") for end in ("low", "high"))
+        cells.append(text + (f"; {low:+.3f} to {high:+.3f}" if line["seeds"] > 1 else ""))
     return cells + [f"{line[name]:.3f}" if name in line else "-" for name in classes]
