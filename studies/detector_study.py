@@ -25,11 +25,11 @@ from detection_kd.evaluation.coco_results import read_results
 from studies.detector_tables.colour_boxes import detect_by_colour
 from studies.detector_tables.scores import RecipeScores, score_row
 from studies.detector_tables.table import make_table, write_tables
-from studies.detector_tables.trainings import TASK, DetectorRecipe
+from studies.detector_tables.trainings import SHARED, DetectorRecipe
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
-from wsi_common.files import write_or_remove_csv
+from wsi_common.files import safe_id, write_or_remove_csv
 
 logger = logging.getLogger(__name__)
 RECIPE, AGAIN, COLOUR = "recipe", "recipe_again", "colour"
@@ -64,19 +64,24 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse what no table can be made of."""
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise UserError(f"seeds: expected different whole numbers, found {config.seeds}")
+    both = [*config.seeds, *(seed + ANOTHER for seed in config.seeds)]
+    if not config.seeds or len(set(both)) < len(both):
+        raise UserError(
+            f"seeds: expected different whole numbers, of which none is another plus {ANOTHER} "
+            f"(those of {AGAIN}), found {config.seeds}"
+        )
     for name, keys in config.changes.items():
+        safe_id(str(name), "changes")
         if name in (RECIPE, AGAIN, COLOUR):
             raise UserError(f"changes.{name}: expected another name, this row is there already")
         if not isinstance(keys, Mapping):
             raise UserError(
                 f"changes.{name}: expected {{key of train_detector: value}}, found {keys}"
             )
-        if other := sorted(set(TASK) & keys.keys()):
+        if other := sorted(set(SHARED) & keys.keys()):
             raise UserError(
-                f"changes.{name}: expected the classes of the other rows, found "
-                f"{', '.join(other)}; set it for all rows in train_detector="
+                f"changes.{name}: expected keys that may differ between rows, found "
+                f"{', '.join(other)}; set it for all of them"
             )
 
 
@@ -110,6 +115,7 @@ def main(config: Config) -> int:
     output = Path(config.output)
     for name in (RECIPE, AGAIN, *config.changes):
         results = train_row(config, recipe, name, failures)
+        write_or_remove_csv(output / "failures.csv", ["row", "seed", "error"], failures)
         if not results and name == RECIPE:
             raise UserError(f"the recipe itself fails: {failures[0]['error']}")
         if not results:
@@ -119,7 +125,6 @@ def main(config: Config) -> int:
             scores[COLOUR] = score_row(test, [detect_by_colour(train, test)], weights)
         write_tables(output, make_table(scores, RECIPE, freedom), RECIPE)
         logger.info("%s: table in %s", name, output / "detector_study.md")
-    write_or_remove_csv(output / "failures.csv", ["row", "seed", "error"], failures)
     return 1 if failures else 0
 
 

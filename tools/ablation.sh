@@ -10,6 +10,9 @@ choose_config "$ROOT/configs/ablation/quickstart.yaml" "$@"
 : "${BASE:=}"
 : "${OUTPUT:=${BASE:-runs}/ablation}"
 : "${COMBINATIONS:=one}"
-recipes="$ROOT/configs/quickstart"
+keys=()
+for stage in rank d2vfm mil; do
+  default_key "${stage}_config" "$ROOT/configs/quickstart/$stage.yaml" "$@"
+done
 run_python studies.ablation ${config[@]+"${config[@]}"} ${BASE:+base="$BASE"} output="$OUTPUT" combinations="$COMBINATIONS" \
-  rank_config="$recipes/rank.yaml" d2vfm_config="$recipes/d2vfm.yaml" mil_config="$recipes/mil.yaml" "$@"
+  "${keys[@]}" "$@"

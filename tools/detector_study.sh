@@ -7,6 +7,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 choose_config "$ROOT/configs/ts2gkd/detector_study.yaml" "$@"
 : "${OUTPUT:=runs/detector_study}"
-: "${RECIPE:=$ROOT/configs/ts2gkd/detector_bccd.yaml}"
 collect_keys train val test images recipe
+default_key recipe "$ROOT/configs/ts2gkd/detector_bccd.yaml" "$@"
 run_python studies.detector_study ${config[@]+"${config[@]}"} output="$OUTPUT" ${keys[@]+"${keys[@]}"} "$@"

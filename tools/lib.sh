@@ -58,6 +58,19 @@ choose_config() {
   fi
 }
 
+# default_key <name> <value> <arguments>: put name=value before the array `keys`, unless the file that --config names has the key
+default_key() {
+  local argument previous="" file=""
+  for argument in ${config[@]+"${config[@]}"} "${@:3}"; do
+    [[ "$previous" == --config ]] && file="$argument"
+    [[ "$argument" == --config=* ]] && file="${argument#--config=}"
+    previous="$argument"
+  done
+  if [[ -z "$file" ]] || ! grep -qs "^$1:" "$file"; then
+    keys=("$1=$2" ${keys[@]+"${keys[@]}"})
+  fi
+}
+
 # run_python <module> <arguments>: one process, whatever the number of GPUs
 run_python() {
   local module=$1

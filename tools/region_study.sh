@@ -9,5 +9,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 choose_config "$ROOT/configs/slpd/study.yaml" "$@"
 : "${OUTPUT:=runs/region_study}"
 collect_keys cohort features tile_encoder
-run_python studies.region_study ${config[@]+"${config[@]}"} mil_config="$ROOT/configs/quickstart/mil.yaml" output="$OUTPUT" \
-  ${keys[@]+"${keys[@]}"} "$@"
+default_key mil_config "$ROOT/configs/quickstart/mil.yaml" "$@"
+run_python studies.region_study ${config[@]+"${config[@]}"} output="$OUTPUT" ${keys[@]+"${keys[@]}"} "$@"

@@ -64,7 +64,9 @@ def _cpu_has_bf16() -> bool:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Autocast context for a resolved precision (fp32 | bf16 | fp16).
 
-    In a training on a CPU, depthwise convolutions are computed in float32 (`_DepthwiseInFloat`).
+    In a training on a CPU, 2D depthwise convolutions are computed in float32
+    (`_DepthwiseInFloat`); what `torch.utils.checkpoint` computes again has to be called with
+    `use_reentrant=True` then, since the other kind does not come back to this context.
     """
     if precision == "fp32":
         return nullcontext()
@@ -98,6 +100,8 @@ class _DepthwiseInFloat(TorchFunctionMode):
         if function is not torch.conv2d or not _needs_float(args):
             return function(*args, **kwargs)
         images, weight, *others = args
+        if others and isinstance(others[0], torch.Tensor):
+            others[0] = others[0].float()
         with torch.autocast("cpu", enabled=False):
             return function(images.float(), weight.float(), *others, **kwargs).bfloat16()
 
@@ -106,5 +110,5 @@ def _needs_float(arguments: Sequence[Any]) -> bool:
     """Whether these are of a depthwise convolution in a training under autocast."""
     if len(arguments) < 2 or not (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
         return False
-    channels, group_width = arguments[1].shape[:2]
-    return bool(channels > 1 and group_width == 1)
+    images, weight = arguments[:2]
+    return bool(weight.shape[1] == 1 and images.shape[-3] > 1)

@@ -33,6 +33,8 @@ def find_group(name: str, pattern: str) -> str:
 
 
 def group_images(annotated: DetectionSet, folder: str | Path, pattern: str) -> np.ndarray:
-    """(images,) group of every image, by its name below `folder`."""
-    names = (record.path.relative_to(folder).as_posix() for record in annotated.images)
-    return np.array([find_group(name, pattern) for name in names])
+    """(images,) group of every image, by its name below `folder`, or its whole path."""
+    paths = (record.path for record in annotated.images)
+    # annotations may name images elsewhere by their whole path
+    names = (path.relative_to(folder) if path.is_relative_to(folder) else path for path in paths)
+    return np.array([find_group(name.as_posix(), pattern) for name in names])

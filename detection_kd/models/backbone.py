@@ -28,9 +28,9 @@ from detection_kd.models.given_trunk import (
 from detection_kd.models.trunk_names import find_trunk
 from patch_encoder.models.encoder_table import ENCODERS, IMAGENET, EncoderRow
 from patch_encoder.models.encoder_weights import (
+    convert_encoder_weights,
     find_local_file,
     find_published_file,
-    load_encoder_weights,
     read_state,
 )
 from wsi_common.checkpoint import (
@@ -248,16 +248,36 @@ def _with_weights(build: partial[nn.Module], name: str, source: str) -> nn.Modul
 
 
 def _copy_network(trunk: nn.Module, name: str, row: EncoderRow, file: Path) -> nn.Module:
-    """The extractor with the weights that the whole network has; timm itself would pass over
-    weights of another name, and leave random values in their place.
+    """The extractor with weights of the whole network; timm itself would pass over weights of
+    another name, and leave random values in their place.
+
+    Raises:
+        UserError: a tensor of the extractor is not in the file, or has another shape there.
     """
     import timm
 
-    network = timm.create_model(name, num_classes=0)
-    load_encoder_weights(network, row, read_state(file), str(file))
-    values = {_flat(key): value for key, value in network.state_dict().items()}
-    trunk.load_state_dict({key: values[_flat(key)] for key in trunk.state_dict()})
+    network = timm.create_model(name, num_classes=0)  # whose names and rules the file has
+    given = convert_encoder_weights(network, row, read_state(file))
+    values = {_flat(key): value for key, value in given.items()}
+    own = trunk.state_dict()
+    fitting = {
+        key: values[_flat(key)]
+        for key, value in own.items()
+        if _flat(key) in values and values[_flat(key)].shape == value.shape
+    }
+    missing = sorted(_drop_counts(own).keys() - fitting.keys())
+    if missing:
+        raise UserError(
+            f"{file}: weights of another architecture: expected those of timm's {name}, found none "
+            f"of the right shape for {len(missing)} of {len(own)} tensors, first {missing[0]}"
+        )
+    trunk.load_state_dict(own | fitting)
     return trunk
+
+
+def _drop_counts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without the counts of batches that batch norm keeps."""
+    return {k: value for k, value in weights.items() if not k.endswith("num_batches_tracked")}
 
 
 def _tagged(name: str) -> str:
@@ -408,9 +428,7 @@ def fill_weights(backbone: Trunk, weights: dict[str, Tensor], source: str) -> No
     if isinstance(backbone, GivenTrunk):
         fill_given_trunk(backbone, weights, source)
         return
-    kept = {
-        name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")
-    }
+    kept = _drop_counts(weights)
     counts = [name for name, _ in backbone.named_buffers() if name.endswith("num_batches_tracked")]
     load_weights(backbone, kept | {name: torch.tensor(0) for name in counts}, source)
 
@@ -449,7 +467,8 @@ def build_pretrained(name: str, norm: str, dilation: bool, source: str) -> Backb
         return Backbone(name, norm, dilation, source)
     weights = read_trunk_weights(read_weights(source, "weights of a trunk"))
     backbone = Backbone(name, norm, dilation)
-    if name not in RESNETS and weights.keys() != backbone.state_dict().keys():
+    own = _drop_counts(backbone.state_dict())
+    if name not in RESNETS and _drop_counts(weights).keys() != own.keys():
         return Backbone(name, norm, dilation, source)
     fill_weights(backbone, weights, source)
     return backbone

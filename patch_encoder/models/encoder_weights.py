@@ -248,6 +248,16 @@ def load_encoder_weights(
     )
 
 
+def convert_encoder_weights(
+    network: nn.Module, row: EncoderRow, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The part of a state dict that is the encoder, under the network's own names; what is missing
+    or left over is for the caller to judge.
+    """
+    inside, _ = _divide(state, network.state_dict().keys())
+    return _convert(inside, network, row)
+
+
 def _divide(
     state: dict[str, Tensor], own: Iterable[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

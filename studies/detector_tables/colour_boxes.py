@@ -15,7 +15,6 @@ from detection_kd.datasets.detection import read_image
 from detection_kd.evaluation.coco_metrics import Prediction
 from detection_kd.evaluation.froc import find_overlaps
 from studies.detector_tables.dark_regions import Regions, find_regions
-from wsi_common.errors import UserError
 
 OVERLAP = 0.5  # IoU from which on a region is taken for the box of an annotated cell
 
@@ -29,14 +28,16 @@ def name_regions(regions: Regions, record: ImageRecord, background: int) -> Int[
     return np.where(overlap.max(1) >= OVERLAP, record.labels[best], background)
 
 
+def _nothing() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.zeros((0, 4)), np.zeros(0), np.zeros(0, int)
+
+
 def detect_by_colour(train: DetectionSet, test: DetectionSet) -> list[Prediction]:
     """Fit a logistic regression to the regions of the training images, and use it on the test
-    images.
-
-    Raises:
-        UserError: no region of the training images overlaps an annotated box.
+    images; nothing is found where no region of the training images overlaps an annotated box.
     """
-    from sklearn.linear_model import LogisticRegression  # a while to load
+    from sklearn.dummy import DummyClassifier  # a while to load
+    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -44,13 +45,12 @@ def detect_by_colour(train: DetectionSet, test: DetectionSet) -> list[Prediction
     found = [find_regions(np.asarray(read_image(record))) for record in train.images]
     pairs = zip(found, train.images, strict=True)
     labels = np.concatenate([name_regions(r, record, background) for r, record in pairs])
-    if not (labels < background).any():
-        raise UserError(
-            "no dark region of the training images overlaps an annotated box by "
-            f"{OVERLAP:g}: leave out the row that has no network"
-        )
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    model.fit(np.concatenate([regions.features for regions in found]), labels)
+    features = np.concatenate([regions.features for regions in found])
+    if not len(labels):
+        return [Prediction(n, *_nothing()) for n in range(len(test.images))]
+    several = len(np.unique(labels)) > 1
+    classifier = LogisticRegression(max_iter=1000) if several else DummyClassifier()
+    model = make_pipeline(StandardScaler(), classifier).fit(features, labels)
     classes = model.classes_[model.classes_ < background]
     predictions = []
     for index, record in enumerate(test.images):

@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from detection_kd.evaluation.coco_metrics import MEASURES
 from studies.detector_tables.scores import RecipeScores
 from wsi_common.files import write_csv, write_json, write_text
 from wsi_common.metrics.bootstrap import interval, spread
 from wsi_common.metrics.run_bootstrap import format_with_interval, paired_difference
+
+ENDS = ("lowest", "highest")
 
 
 def make_table(
@@ -21,8 +25,8 @@ def make_table(
     """One line per row: means over its seeds, their intervals, and the difference from `reference`
     seed by seed.
 
-    Intervals say how far a figure depends on the images; `_low` and `_high`, the lowest and the
-    highest seed, how far it depends on chance in training.
+    Intervals say how far a figure depends on the images; the lowest and the highest seed, how far
+    it depends on chance in training.
 
     Args:
         rows: name -> scores of the same images.
@@ -41,24 +45,25 @@ def make_table(
         line: dict[str, Any] = {"row": name, "seeds": len(row.values["AP"])}
         for measure in MEASURES:
             values, other = row.values[measure], rows[reference].values[measure]
-            line[measure] = float(values.mean())
-            line[f"{measure}_ci"] = interval(means[name, measure], (0.0, 1.0))[0]
-            line[f"{measure}_low"], line[f"{measure}_high"] = (
-                float(values.min()),
-                float(values.max()),
-            )
+            own = interval(means[name, measure], (0.0, 1.0))[0]
+            line |= _columns(measure, float(values.mean()), own, values)
             if name == reference:
                 continue
             difference = float(values.mean() - other.mean())
             found = paired_difference(difference, means[name, measure], means[reference, measure])
-            line[f"{measure}_minus_{reference}"] = difference
-            line[f"{measure}_minus_{reference}_ci"] = found.ci
-            if len(values) == len(other):
-                each = (values - other).tolist()
-                line[f"{measure}_minus_{reference}_low"] = min(each)
-                line[f"{measure}_minus_{reference}_high"] = max(each)
+            each = values - other if len(values) == len(other) else None
+            line |= _columns(f"{measure}_minus_{reference}", difference, found.ci, each)
         lines.append(line | {f"AP/{key}": value for key, value in row.per_class.items()})
     return lines
+
+
+def _columns(
+    name: str, value: float, ci: Sequence[float] | None, seeds: np.ndarray | None
+) -> dict[str, float | None]:
+    low, high = ci or (None, None)
+    ends = (None, None) if seeds is None else (float(seeds.min()), float(seeds.max()))
+    found = {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
+    return found | {f"{name}_lowest_seed": ends[0], f"{name}_highest_seed": ends[1]}
 
 
 def write_tables(output: Path, lines: Sequence[Mapping[str, Any]], reference: str) -> None:
@@ -79,13 +84,18 @@ def write_tables(output: Path, lines: Sequence[Mapping[str, Any]], reference: st
 def _describe(line: Mapping[str, Any], reference: str, classes: Sequence[str]) -> list[str]:
     cells = [line["row"].replace("_", " ")]
     for measure in MEASURES:
-        cells.append(format_with_interval(line[measure], line[f"{measure}_ci"]))
-        value = line.get(f"{measure}_minus_{reference}")
-        if value is None:
+        cells.append(format_with_interval(line[measure], _read_ci(line, measure)))
+        name = f"{measure}_minus_{reference}"
+        if name not in line:
             cells.append("-")
             continue
-        ci = line[f"{measure}_minus_{reference}_ci"]
-        text = f"{value:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
-        low, high = (line.get(f"{measure}_minus_{reference}_{end}") for end in ("low", "high"))
-        cells.append(text + (f"; {low:+.3f} to {high:+.3f}" if line["seeds"] > 1 else ""))
+        ci, low, high = _read_ci(line, name), *(line[f"{name}_{end}_seed"] for end in ENDS)
+        text = f"{line[name]:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
+        several = line["seeds"] > 1 and low is not None
+        cells.append(text + (f"; {low:+.3f} to {high:+.3f}" if several else ""))
     return cells + [f"{line[name]:.3f}" if name in line else "-" for name in classes]
+
+
+def _read_ci(line: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    low, high = line[f"{name}_ci_low"], line[f"{name}_ci_high"]
+    return None if low is None else (low, high)

@@ -12,6 +12,7 @@ from studies.region_tables.stages import load_settings, run_script
 from wsi_common.config import make_assignments
 
 TASK = ("class_agnostic", "class_map")  # keys that say what is to be found
+SHARED = (*TASK, "train", "val", "images", "output", "seed", "device")  # the same for all rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class DetectorRecipe:
         run_script("train_detector", [*self._name(run), *given])
         measured = {"annotations": self.files["test"], "images": self.files["images"]}
         measured |= {"detector": str(run / "checkpoint_best.pt"), "output": str(run / "test")}
-        measured |= {"device": self.device}
+        measured |= {"device": self.device, "overwrite": True}  # of another detector, in this place
         run_script(
             "evaluate_detector", make_assignments({**measured, "overlays": 0, "resamples": 0})
         )

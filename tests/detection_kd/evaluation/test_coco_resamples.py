@@ -76,6 +76,8 @@ def test_intervals_draw_slides_with_all_of_their_images(tmp_path: Path) -> None:
     assert groups.tolist() == [f"slide{number // 3}" for number in range(21)]
     alone = group_images(annotated, tmp_path, "")
     assert alone[4] == "fields/slide1_1.png" and len(set(alone)) == 21
+    elsewhere = group_images(annotated, tmp_path / "other", "")
+    assert elsewhere[4] == (tmp_path / "fields" / "slide1_1.png").as_posix()
     value = average_precision(annotated, found)["AP"]
     by_image, by_slide = (
         find_intervals(annotated, found, each, 500)["AP_ci"] for each in (alone, groups)

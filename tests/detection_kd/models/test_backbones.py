@@ -276,6 +276,30 @@ def test_weights_of_a_network_in_a_package_need_no_hub(hub: Path) -> None:
         assert torch.equal(own[ours], published[theirs]), ours
 
 
+def test_a_detector_on_any_trunk_starts_one_with_another_norm(tmp_path: Path) -> None:
+    for given, wanted in (("batch", "frozen"), ("frozen", "batch")):
+        own = Backbone("mobilenetv3_small_050", given).state_dict()
+        content = {"model": {f"backbone.{name}": value for name, value in own.items()}}
+        torch.save(content, tmp_path / "detector.pth")
+        trunk = build_pretrained(
+            "mobilenetv3_small_050", wanted, False, str(tmp_path / "detector.pth")
+        )
+        found = trunk.state_dict()
+        shared = [name for name in own if not name.endswith("num_batches_tracked")]
+        assert shared and all(torch.equal(found[name], own[name]) for name in shared)
+
+
+@pytest.mark.parametrize("name", ["legacy_seresnet18", "vgg11"])
+def test_files_with_a_classifier_of_their_own_names(name: str, tmp_path: Path) -> None:
+    """`last_linear` of a ported network; torchvision's VGG, whose classifier is another one."""
+    torch.manual_seed(0)
+    whole = torchvision.models.vgg11() if name == "vgg11" else timm.create_model(name)
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    trunk = build_pretrained(name, "batch", False, str(tmp_path / "whole.pth"))
+    first = next(value for key, value in whole.state_dict().items() if value.ndim == 4)
+    assert torch.equal(next(iter(trunk.parameters())), first)
+
+
 def test_weights_of_another_model_are_a_user_error(tmp_path: Path) -> None:
     torch.save(timm.create_model("convnext_atto").state_dict(), tmp_path / "convnext.pth")
     with pytest.raises(UserError, match="weights of another architecture"):
