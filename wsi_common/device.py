@@ -86,7 +86,7 @@ class _DepthwiseInFloat(TorchFunctionMode):
 
     Their gradients take oneDNN several times as long in bfloat16 as in float32, so that a training
     step of an EfficientNet or a MobileNet was slower than without autocast
-    (`benchmarks/trunk_step.py`).
+    (`benchmarks/small_networks.py`).
     """
 
     def __torch_function__(
