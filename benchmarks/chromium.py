@@ -26,11 +26,21 @@ FLAGS = (
     "--no-first-run", "--disable-extensions", "--disable-background-networking",
     "--remote-debugging-pipe", "--force-color-profile=srgb",
 )  # fmt: skip
+# what the browser answers for a page that is gone
+LEFT = (
+    "Inspected target navigated or closed",
+    "Execution context was destroyed.",
+    "Cannot find default execution context",
+)
 
 
 def find_chromium() -> str | None:
     """The browser's program, None where there is none."""
     return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class PageLeft(AssertionError):
+    """The page was left for another one before it answered."""
 
 
 class Chromium:
@@ -80,6 +90,8 @@ class Chromium:
         while True:
             answer = self._read(deadline)
             if answer.get("id") == self._number:
+                if answer.get("error", {}).get("message") in LEFT:
+                    raise PageLeft(method)
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
             self._events.append(answer)
@@ -110,11 +122,14 @@ class Chromium:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str) -> Any:
-        """The value of an expression as soon as it is true."""
+        """The value of an expression as soon as it is true, on the page that is opened meanwhile if
+        one is.
+        """
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
-            if found := self.evaluate(expression):
-                return found
+            with suppress(PageLeft):
+                if found := self.evaluate(expression):
+                    return found
             time.sleep(0.02)
         raise AssertionError(f"{expression} did not come true in {self.timeout:g} s")
 
