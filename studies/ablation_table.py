@@ -19,12 +19,12 @@ from typing import Any
 
 from mil.evaluation.runs import format_number
 from studies.ablations.figure import draw_ablation, read_ablation
-from studies.ablations.rows import AGREEMENT, COST, find_point, format_difference, read_rows
+from studies.ablations.rows import AGREEMENT, COST, find_point, read_rows
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
 from wsi_common.files import write_csv, write_json, write_text
-from wsi_common.metrics.run_bootstrap import format_with_interval
+from wsi_common.metrics.run_bootstrap import format_difference, format_with_interval
 from wsi_common.pages import fill_template
 
 logger = logging.getLogger(__name__)

@@ -30,6 +30,7 @@ from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
 from wsi_common.files import safe_id, write_or_remove_csv
+from wsi_common.seed import check_seeds
 
 logger = logging.getLogger(__name__)
 RECIPE, AGAIN, COLOUR = "recipe", "recipe_again", "colour"
@@ -64,11 +65,10 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse what no table can be made of."""
-    both = [*config.seeds, *(seed + ANOTHER for seed in config.seeds)]
-    if not config.seeds or len(set(both)) < len(both):
+    check_seeds(config.seeds)
+    if shared := set(config.seeds) & {seed + ANOTHER for seed in config.seeds}:
         raise UserError(
-            f"seeds: expected different whole numbers, of which none is another plus {ANOTHER} "
-            f"(those of {AGAIN}), found {config.seeds}"
+            f"seeds: {min(shared)} is that of {AGAIN} for {min(shared) - ANOTHER}; take another"
         )
     for name, keys in config.changes.items():
         safe_id(str(name), "changes")

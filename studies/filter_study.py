@@ -25,6 +25,7 @@ from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, write_or_remove_csv
+from wsi_common.seed import check_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +87,7 @@ def join(rows: list[dict[str, RowScores]]) -> dict[str, RowScores]:
 
 def main(config: Config) -> int:
     """Run all seeds; the table is written after each of them."""
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise UserError(f"seeds: expected different whole numbers, found {config.seeds}")
+    check_seeds(config.seeds)
     failures: list[dict[str, Any]] = []
     done: list[dict[str, RowScores]] = []
     output = Path(config.output) / Path(config.noise).stem

@@ -44,6 +44,7 @@ from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key, make_assignments
 from wsi_common.errors import UserError
 from wsi_common.files import sha256_bytes, write_or_remove_csv
+from wsi_common.seed import check_seeds
 
 logger = logging.getLogger(__name__)
 TILE_MEAN, RANDOM = "tile_mean", "random"
@@ -97,8 +98,7 @@ def check(config: Config) -> None:
             "trained: expected a row 'dino' that the others are compared with, found "
             f"{sorted(config.trained)}; take them from configs/slpd/study.yaml"
         )
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise UserError(f"seeds: expected different whole numbers, found {config.seeds}")
+    check_seeds(config.seeds)
 
 
 def list_conditions(config: Config) -> Iterator[Condition]:

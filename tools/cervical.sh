@@ -5,7 +5,8 @@
 #
 # DATA holds the labelled fields of Mendeley zddtpgzv63 in any tree, under their published names: NL_12_ (3).jpg, HSIL_1 (10).jpg, ...
 # LOOKS="reinhard grey none" are the runs; each is a quickstart with that look, below RUN (default runs/cervical), and takes four
-# minutes on two CPU cores with AVX-512 and bf16, about ten on others. $RUN/cervical.md has their tables. Started again, it goes on; sizes are set as for quickstart.sh.
+# minutes on two CPU cores with AVX-512 and bf16, about ten on others. $RUN/cervical.md has their tables. Started again, it goes on;
+# sizes are set as for quickstart.sh.
 set -euo pipefail
 
 main() {
@@ -15,7 +16,7 @@ main() {
   : "${FIELDS:=}"
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
-    sed -n '2,8p' "${BASH_SOURCE[0]}" | cut -c3-
+    sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3-
     exit 0
   fi
   if [[ $# -gt 0 || -z "$DATA" ]]; then

@@ -304,8 +304,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def make_assignments(settings: Mapping[str, Any]) -> list[str]:
     """`key=value` words as scripts take them."""
-    shown = {"True": "true", "False": "false", "None": "null"}
-    return [f"{name}={shown.get(str(value), value)}" for name, value in settings.items()]
+    shown = {True: "true", False: "false", None: "null"}
+    return [
+        f"{name}={shown[value] if value is None or isinstance(value, bool) else value}"
+        for name, value in settings.items()
+    ]
 
 
 def identity(config: Any) -> dict[str, Any]:

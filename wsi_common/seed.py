@@ -5,10 +5,23 @@ stopped.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from wsi_common.errors import UserError
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse a list of training seeds from which no spread over seeds can be told.
+
+    Raises:
+        UserError: none, or one that is there twice.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds: expected different whole numbers, found {list(seeds)}")
 
 
 def seed_everything(seed: int) -> None:

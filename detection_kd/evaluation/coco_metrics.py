@@ -164,12 +164,12 @@ def find_intervals(
     Returns:
         `AP_ci` and `AP50_ci`; None where there are too few groups.
     """
-    values = average_precision(annotated, predictions, max_detections)
-    weights = draw_weights(groups, resamples)
-    drawn = resample_average_precision(annotated, predictions, weights, max_detections)
+    # the images as they are, then the resamples
+    weights = np.concatenate([np.ones((1, len(groups))), draw_weights(groups, resamples)])
+    found = resample_average_precision(annotated, predictions, weights, max_detections)
     freedom = len(np.unique(groups)) - 1
     return {
-        f"{name}_ci": interval(spread(drawn[name], values[name], freedom), (0.0, 1.0))[0]
+        f"{name}_ci": interval(spread(found[name][1:], found[name][0], freedom), (0.0, 1.0))[0]
         for name in MEASURES
     }
 

@@ -145,7 +145,8 @@ class Backbone(nn.Module):
         """Drop what comes after map `upto`, for good; nothing for trunks that cannot be cut."""
         if not self.steps:
             _cut_blocks(self.trunk, self.trunk.feature_info.module_name()[upto])
-        for step in self.steps[self.steps.index(self.taps[upto]) + 1 :] if self.steps else []:
+            return
+        for step in self.steps[self.steps.index(self.taps[upto]) + 1 :]:
             delattr(self, step)
             self.steps.remove(step)
 
@@ -229,10 +230,10 @@ def _create(name: str, norm: str, dilation: bool, source: str) -> nn.Module:
 
 def _with_weights(build: partial[nn.Module], name: str, source: str) -> nn.Module:
     """The extractor with published weights, or with those of a file in timm's own format."""
-    packaged = next((n for n, r in ENCODERS.items() if r.package and r.model == name), "")
     if source != HUB:
         file = find_local_file(Path(source), UNPUBLISHED)
         return _copy_network(build(), name, UNPUBLISHED, file)
+    packaged = next((n for n, r in ENCODERS.items() if r.package and r.model == name), "")
     if packaged:
         row = ENCODERS[packaged]
         return _copy_network(build(), name, row, find_published_file(row, packaged))

@@ -24,6 +24,7 @@ from mil.evaluation.task_tables import TABLES
 from mil.tasks.base import Task
 from wsi_common.errors import UserError
 from wsi_common.files import atomic_path, write_or_remove_csv, write_text
+from wsi_common.markdown import format_table
 from wsi_common.metrics.run_bootstrap import format_with_interval
 
 logger = logging.getLogger(__name__)
@@ -116,8 +117,8 @@ def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task)
     bold.
     """
     best = {metric: best_of(summary, task, metric) for metric in task.shown}
-    lines = [["features", "model", *(task.title(metric) for metric in task.shown)]]
-    lines.append(["---"] * len(lines[0]))
+    head = ["features", "model", *(task.title(metric) for metric in task.shown)]
+    lines = []
     for feature_set, models in summary.items():
         for model, values in models.items():
             cells = []
@@ -131,8 +132,7 @@ def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task)
             lines.append(
                 [feature_set.replace("|", "\\|") or "-", model.replace("|", "\\|"), *cells]
             )
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n{describe_table(task)}\n"
+    return f"{format_table(head, lines)}\n\n{describe_table(task)}\n"
 
 
 LATEX = str.maketrans(

@@ -13,6 +13,7 @@ from patch_encoder.probing.scores import METRICS, Score, TilePredictions
 from patch_encoder.probing.tile_sets import TileSet
 from wsi_common.figures import MARKERS, new_figure, palette_colour, save_figure, styled
 from wsi_common.files import write_csv, write_text
+from wsi_common.markdown import format_table
 from wsi_common.metrics.run_bootstrap import format_with_interval
 
 if TYPE_CHECKING:
@@ -100,15 +101,14 @@ def write_tables(folder: Path, rows: Sequence[Mapping[str, Any]], note: str, ref
     """
     write_csv(folder / "probe.csv", HEADER, rows)
     titles = [TITLES[name] for name in METRICS] + [f"{TITLES[name]} - ref." for name in COMPARED]
-    lines = [["probe", "encoder", "dim", *titles]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for row in rows:
         cells = [_format(row, name) for name in METRICS]
         cells += [_format(row, f"{name}_difference") for name in COMPARED]
         label = f"*{row['encoder']}*" if row["control"] else row["encoder"]
         name = label.replace("|", "\\|")
         lines.append([PROBE_TITLES[row["probe"]], name, str(row["dim"]), *cells])
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    table = format_table(["probe", "encoder", "dim", *titles], lines)
     text = (
         f"{table}\n\n{note} In italics: controls. Brackets: 95 % intervals, by group; ref.: "
         f"difference to {reference} on the same draws of groups.\n"

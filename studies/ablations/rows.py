@@ -98,13 +98,6 @@ def read_feature_set(entry: Mapping[str, Any] | None, models: Sequence[str]) -> 
     return {**{key: entry.get(key) for key in COST}, "auc": auc}
 
 
-def format_difference(value: float | None, ci: Sequence[float] | None) -> str:
-    """Write a difference with its interval, `-0.012 [-0.050, +0.021]`; `-` when it is unknown."""
-    if value is None:
-        return "-"
-    return f"{value:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
-
-
 def find_point(row: Mapping[str, Any], model: str) -> tuple[float, float] | None:
     """Find (tiles per second, AUC) of a row; None where either is unknown."""
     auc = row["auc"].get(model, {}).get("mean")

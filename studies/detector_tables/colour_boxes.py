@@ -28,10 +28,6 @@ def name_regions(regions: Regions, record: ImageRecord, background: int) -> Int[
     return np.where(overlap.max(1) >= OVERLAP, record.labels[best], background)
 
 
-def _nothing() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.zeros((0, 4)), np.zeros(0), np.zeros(0, int)
-
-
 def detect_by_colour(train: DetectionSet, test: DetectionSet) -> list[Prediction]:
     """Fit a logistic regression to the regions of the training images, and use it on the test
     images; nothing is found where no region of the training images overlaps an annotated box.
@@ -45,9 +41,10 @@ def detect_by_colour(train: DetectionSet, test: DetectionSet) -> list[Prediction
     found = [find_regions(np.asarray(read_image(record))) for record in train.images]
     pairs = zip(found, train.images, strict=True)
     labels = np.concatenate([name_regions(r, record, background) for r, record in pairs])
+    if not (labels < background).any():
+        nothing = (np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
+        return [Prediction(index, *nothing) for index in range(len(test.images))]
     features = np.concatenate([regions.features for regions in found])
-    if not len(labels):
-        return [Prediction(n, *_nothing()) for n in range(len(test.images))]
     several = len(np.unique(labels)) > 1
     classifier = LogisticRegression(max_iter=1000) if several else DummyClassifier()
     model = make_pipeline(StandardScaler(), classifier).fit(features, labels)

@@ -13,8 +13,13 @@ import numpy as np
 from detection_kd.evaluation.coco_metrics import MEASURES
 from studies.detector_tables.scores import RecipeScores
 from wsi_common.files import write_csv, write_json, write_text
+from wsi_common.markdown import format_table
 from wsi_common.metrics.bootstrap import interval, spread
-from wsi_common.metrics.run_bootstrap import format_with_interval, paired_difference
+from wsi_common.metrics.run_bootstrap import (
+    format_difference,
+    format_with_interval,
+    paired_difference,
+)
 
 ENDS = ("lowest", "highest")
 
@@ -75,10 +80,7 @@ def write_tables(output: Path, lines: Sequence[Mapping[str, Any]], reference: st
     head = ["row", "AP", f"AP minus {reference}", "AP50", f"AP50 minus {reference}"]
     head += [f"AP of {name.removeprefix('AP/')}" for name in classes]
     body = [_describe(line, reference, classes) for line in lines]
-    ruled = [head, ["---"] * len(head), *body]
-    write_text(
-        output / "detector_study.md", "\n".join(f"| {' | '.join(r)} |" for r in ruled) + "\n"
-    )
+    write_text(output / "detector_study.md", format_table(head, body) + "\n")
 
 
 def _describe(line: Mapping[str, Any], reference: str, classes: Sequence[str]) -> list[str]:
@@ -90,9 +92,10 @@ def _describe(line: Mapping[str, Any], reference: str, classes: Sequence[str]) -
             cells.append("-")
             continue
         ci, low, high = _read_ci(line, name), *(line[f"{name}_{end}_seed"] for end in ENDS)
-        text = f"{line[name]:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
         several = line["seeds"] > 1 and low is not None
-        cells.append(text + (f"; {low:+.3f} to {high:+.3f}" if several else ""))
+        cells.append(
+            format_difference(line[name], ci) + (f"; {low:+.3f} to {high:+.3f}" if several else "")
+        )
     return cells + [f"{line[name]:.3f}" if name in line else "-" for name in classes]
 
 

@@ -14,8 +14,13 @@ import numpy as np
 from studies.filter_tables.rows import AGAIN, TEACHER
 from studies.filter_tables.scores import FieldScores, pool
 from wsi_common.files import write_csv, write_json, write_text
+from wsi_common.markdown import format_table
 from wsi_common.metrics.bootstrap import interval, resample_patients, spread
-from wsi_common.metrics.run_bootstrap import format_with_interval, paired_difference
+from wsi_common.metrics.run_bootstrap import (
+    format_difference,
+    format_with_interval,
+    paired_difference,
+)
 
 BOOTSTRAP_SEED = 2024
 AUDITED = {
@@ -83,8 +88,7 @@ def write_tables(
     head = ["row", "F1", *(f"minus {_read(name)}" for name in shown), "hits / false / misses"]
     head += ["AUC of fields", *(f"{text}, %" for text in AUDITED.values())]
     body = [_describe(line, shown) for line in lines]
-    ruled = [head, ["---"] * len(head), *body]
-    write_text(output / "filter_study.md", "\n".join(f"| {' | '.join(r)} |" for r in ruled) + "\n")
+    write_text(output / "filter_study.md", format_table(head, body) + "\n")
 
 
 def _describe(line: Mapping[str, Any], references: Sequence[str]) -> list[str]:
@@ -94,8 +98,7 @@ def _describe(line: Mapping[str, Any], references: Sequence[str]) -> list[str]:
         if value is None:
             cells.append("-")
             continue
-        text = f"{value:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
-        cells.append(f"{text} {line[f'above_{name}']}/{line['seeds']}")
+        cells.append(f"{format_difference(value, ci)} {line[f'above_{name}']}/{line['seeds']}")
     cells += [f"{line['hits']} / {line['false']} / {line['misses']}", f"{line['bag_auc']:.3f}"]
     shares = (line[measure] for measure in AUDITED)
     return cells + ["-" if share is None else f"{100 * share:.0f}" for share in shares]

@@ -20,7 +20,8 @@ from studies.region_tables.intervals import (
 )
 from studies.region_tables.measures import MEASURES
 from wsi_common.files import write_csv, write_text
-from wsi_common.metrics.run_bootstrap import format_with_interval
+from wsi_common.markdown import format_table
+from wsi_common.metrics.run_bootstrap import format_difference, format_with_interval
 
 BOOTSTRAP_SEED = 2024
 REFERENCES = ("tile_mean", "dino")
@@ -107,14 +108,14 @@ def _write_condition(table: ConditionTable) -> str:
     ]
     scale = "raw" if table.condition.standardise == "none" else "standardised per slide"
     title = f"## {table.condition.cohort}, features {scale}"
-    text = f"{title}\n\n{_markdown(['row', *head], values)}"
+    text = f"{title}\n\n{format_table(['row', *head], values)}"
     compared = [row for row in table.learned if row != "dino"]
     if "dino" in table.rows and compared:
         lines = [
             [row, *(_format_signed(table.difference(row, "dino", name)) for name in measures)]
             for row in ("tile_mean", *compared)
         ]
-        text += f"\n\nMinus DINO, paired:\n\n{_markdown(['row', *head], lines)}"
+        text += f"\n\nMinus DINO, paired:\n\n{format_table(['row', *head], lines)}"
     return text
 
 
@@ -122,23 +123,18 @@ def _name(measure: str) -> str:
     return MEASURES.get(measure, measure.replace("auc_", "slide AUC, "))
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    ruled = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
-
-
 def _format(found: Mapping[str, Any]) -> str:
-    ci = None if found["low"] is None else (found["low"], found["high"])
-    return format_with_interval(found["value"], ci)
+    return format_with_interval(found["value"], _read_ci(found))
+
+
+def _read_ci(found: Mapping[str, Any]) -> tuple[float, float] | None:
+    return None if found["low"] is None else (found["low"], found["high"])
 
 
 def _format_signed(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
-    text = f"{found['value']:+.3f}"
-    if found["low"] is not None:
-        text += f" [{found['low']:+.3f}, {found['high']:+.3f}]"
-    return f"{text} {found['above']}"
+    return f"{format_difference(found['value'], _read_ci(found))} {found['above']}"
 
 
 def judge(tables: Sequence[ConditionTable]) -> list[str]:

@@ -15,9 +15,10 @@ from PIL import Image, ImageColor
 
 from studies.ablation_table import Config, main
 from studies.ablations.figure import FRONT, spread_equal_speeds
-from studies.ablations.rows import format_difference, mark_pareto_front, read_rows
+from studies.ablations.rows import mark_pareto_front, read_rows
 from wsi_common.config import load_config
 from wsi_common.errors import UserError
+from wsi_common.metrics.run_bootstrap import format_difference
 
 # name: (tiles/s, AUC of abmil, of mean)
 MEASURED = {

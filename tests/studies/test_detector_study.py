@@ -56,6 +56,9 @@ def test_all_rows_are_in_the_table_and_a_second_start_trains_nothing(tmp_path: P
     ("given", "message"),
     [
         ("seeds=[1,1]", "seeds: expected different whole numbers"),
+        ("seeds=[1,1001]", "seeds: 1001 is that of recipe_again for 1; take another"),
+        ("changes={other: {seed: 7}}", "changes.other: expected keys that may differ"),
+        ("changes={a/b: {ema: 0.9}}", "changes 'a/b': expected a plain file name"),
         ("changes={colour: {ema: 0.9}}", "changes.colour: expected another name"),
         ("changes={ema: 0.9}", "changes.ema: expected {key of train_detector: value}"),
         (

@@ -141,6 +141,13 @@ def paired_difference(value: float, first: np.ndarray, second: np.ndarray) -> Di
     return Difference(value, ci and (ci[0], ci[1]), float(min(1.0, p)), len(valid))
 
 
+def format_difference(value: float | None, ci: Sequence[float] | None) -> str:
+    """Write a difference with its interval, `-0.012 [-0.050, +0.021]`; `-` when it is unknown."""
+    if value is None:
+        return "-"
+    return f"{value:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
+
+
 def format_with_interval(value: float | None, ci: Sequence[float] | None) -> str:
     """Write `0.912 [0.850, 0.961]`, `-` when unknown."""
     if value is None:
