@@ -135,6 +135,30 @@ def test_a_file_of_settings_takes_the_place_of_the_default_one(script: Path, fol
 
 
 @pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        ("detector_study", "recipe"),
+        ("region_study", "mil_config"),
+        ("ablation", "d2vfm_config"),
+    ],
+)
+def test_a_recipe_that_a_file_of_settings_names_is_kept(
+    folder: Path, script: str, name: str
+) -> None:
+    own = folder / "own.yaml"
+    own.write_text(f"{name}: mine.yaml\n")
+    tool = ROOT / "tools" / f"{script}.sh"
+    for given in (["--config", str(own)], [f"--config={own}"]):
+        _, words = started(tool, given, folder)
+        assert not [word for word in words if word.startswith(f"{name}=")]
+    _, words = started(tool, [], folder)
+    (default,) = (word for word in words if word.startswith(f"{name}="))
+    assert Path(default.partition("=")[2]).is_file()
+    _, words = started(tool, [f"{name}=other.yaml"], folder)
+    assert [word for word in words if word.startswith(f"{name}=")][-1] == f"{name}=other.yaml"
+
+
+@pytest.mark.parametrize(
     ("script", "module"),
     [
         ("preprocess/extract-features.sh", "patch_encoder.extract_features"),
